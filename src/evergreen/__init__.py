@@ -1,0 +1,1 @@
+"""Evergreen: a recommender that keeps itself fresh, on Kubeflow."""
