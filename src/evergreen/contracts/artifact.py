@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield scratch
         if path.exists():
             shutil.rmtree(path)
-        os.replace(scratch, path)
+        scratch.replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -2,7 +2,8 @@
 
     feature_tables/
       manifest.json
-      user_activity.parquet  item_activity.parquet  user_category_activity.parquet  user_profile.parquet  item_profile.parquet
+      user_activity.parquet  item_activity.parquet  user_category_activity.parquet
+      user_profile.parquet  item_profile.parquet
 
 A table is sparse in time: it has a row for a key only where a value changes, and a row holds until the next one.
 """

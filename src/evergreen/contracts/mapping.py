@@ -21,9 +21,13 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 from evergreen.contracts.errors import MappingError
 
 IDENTIFIER = re.compile(r"^[a-z][a-z0-9_]{0,62}$")
-RESERVED_NAMES = frozenset(
-    "event_id event_timestamp request_id user_id item_id category position clicked rating dwell_seconds propensity "
-    "label weight date hour weekday".split()
+RESERVED_NAMES = re.compile(
+    # the event schema and the rows of a training set
+    r"event_id|event_timestamp|request_id|user_id|item_id|row_id|category|position|clicked|rating|dwell_seconds"
+    r"|propensity|label|date|hour|weekday|request_timestamp"
+    # the features that Evergreen computes
+    r"|(user|item|user_category)_(events|positives|rate)_\w+|(user|item)_(first_seen|last_\w+)|user_history|item_category"
+    r"|(user|user_positive|item)_recency_seconds|(user|item)_age_seconds"
 )
 
 
@@ -226,13 +230,26 @@ class Mapping(_Frozen):
         if self.kind is LogKind.RATINGS and self.rating is None:
             raise ValueError('kind = "ratings" needs [rating]: the column with the rating and its range')
         if self.kind is LogKind.INTERACTIONS and (self.columns.user_id is None or self.columns.item_id is None):
-            raise ValueError('kind = "interactions" needs columns.user_id and columns.item_id: negatives are other items')
+            raise ValueError(
+                'kind = "interactions" needs columns.user_id and columns.item_id: negatives are other items'
+            )
         names = [name for role in Role for name in self.features(role)]
         for name in names:
             if not IDENTIFIER.match(name):
-                raise ValueError(f"feature {name!r}: a name is lower case letters, digits and '_', and starts with a letter")
-            if name in RESERVED_NAMES or name.startswith(("user_id", "item_id")):
-                raise ValueError(f"feature {name!r}: the event schema uses this name, choose another")
+                raise ValueError(
+                    f"feature {name!r}: a name is lower case letters, digits and '_', and starts with a letter"
+                )
+            if RESERVED_NAMES.fullmatch(name):
+                raise ValueError(f"feature {name!r}: Evergreen itself uses this name, choose another")
+        targets = {source.column for source in (self.label, self.rating) if source is not None}
+        if self.columns.dwell_seconds is not None:
+            targets.add(self.columns.dwell_seconds)
+        for name, feature in self.all_features.items():
+            if feature.column in targets:
+                raise ValueError(
+                    f"feature {name!r} reads column {feature.column!r}, which is the label (or known only after it): "
+                    "a model would learn to read the answer. Leave it out"
+                )
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"features {sorted(twice)} appear in more than one role: each name once")
         return self

@@ -1,9 +1,9 @@
 """The snapshot: an immutable copy of a log in the event schema.
 
-    snapshot/
-      manifest.json
-      events/date=2016-03-14/part-00000.parquet   rows in (event_timestamp, source order)
-      quarantine/rejected.csv                     source, line, reason, row: what broke the schema
+snapshot/
+  manifest.json
+  events/date=2016-03-14/part-00000.parquet   rows in (event_timestamp, source order)
+  quarantine/rejected.csv                     source, line, reason, row: what broke the schema
 """
 
 from __future__ import annotations

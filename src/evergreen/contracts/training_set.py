@@ -11,6 +11,7 @@ when written and when read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
@@ -129,7 +130,7 @@ class TrainingSet:
 
     def check_order(self) -> None:
         """Raise LeakageError unless every split lies wholly, embargo included, behind the one before."""
-        previous: tuple[str, object] | None = None
+        previous: tuple[str, datetime] | None = None
         for split in SPLITS:
             if not self.file(split).is_file():
                 raise ArtifactError(f"{self.path}: {split}.parquet is missing: build the training set again")
@@ -140,8 +141,11 @@ class TrainingSet:
             info = self.manifest.splits[split]
             if first < info.start or last >= info.end:
                 raise LeakageError(
-                    f"{self.path}: {split} has rows from {first} to {last}, outside its range [{info.start}, {info.end})"
+                    f"{self.path}: {split} has rows from {first} to {last}, "
+                    f"outside its range [{info.start}, {info.end})"
                 )
-            if previous is not None and info.start < previous[1]:  # type: ignore[operator]
-                raise LeakageError(f"{self.path}: {split} starts at {info.start}, before {previous[0]} ends at {previous[1]}")
+            if previous is not None and info.start < previous[1]:
+                raise LeakageError(
+                    f"{self.path}: {split} starts at {info.start}, before {previous[0]} ends at {previous[1]}"
+                )
             previous = (split, info.end)

@@ -1,0 +1,54 @@
+# Evergreen. `make` shows what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+# uv may have been installed by pip into a folder that is not on PATH: call it as a module then.
+UV := $(shell command -v uv 2>/dev/null || echo "$(PYTHON) -m uv")
+RUN := $(UV) run --frozen
+OUT ?= runs/default
+LOG ?= runs/log
+WORKERS ?= 2
+
+##@ Use
+.PHONY: help
+help:  ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup:  ## Install uv (by pip, if missing) and the locked environment into .venv
+	@command -v uv >/dev/null 2>&1 || $(PYTHON) -m uv --version >/dev/null 2>&1 || \
+	  { echo "installing uv by pip"; $(PYTHON) -m pip install --quiet --disable-pip-version-check uv; }
+	@echo "environment: .venv from uv.lock (6.5 GB; most of it is torch's CUDA build)"
+	@uv=$$(command -v uv || echo "$(PYTHON) -m uv"); $$uv sync --frozen --compile-bytecode $(if $(CI),--quiet)
+
+.PHONY: run
+run: setup $(LOG)/config.json  ## From a simulated click log to a served recommendation (OUT=runs/default)
+	$(RUN) evergreen run --mapping simulated --data $(LOG) --out $(OUT)
+
+$(LOG)/config.json:
+	$(RUN) evergreen simulate log --out $(LOG)
+
+.PHONY: compile
+compile: setup  ## Compile the pipelines to build/pipelines/*.yaml for `kfp run create`
+	$(RUN) evergreen compile --out build/pipelines
+
+##@ Develop
+.PHONY: test
+test: setup  ## Run all tests but the cluster's, with coverage
+	$(RUN) pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85
+
+.PHONY: lint
+lint: setup  ## Check style and the import rules
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) lint-imports
+
+.PHONY: typecheck
+typecheck: setup  ## Check types, strictly
+	$(RUN) mypy
+
+.PHONY: clean
+clean:  ## Remove what was built and run (not .venv)
+	rm -rf build dist runs local_outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*

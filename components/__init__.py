@@ -1,0 +1,1 @@
+"""Kubeflow Pipelines steps, one a file: each a thin component around one call into evergreen."""

@@ -1,0 +1,30 @@
+"""Step: a snapshot becomes feature tables."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.image import PIPELINE_IMAGE
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def build_feature_tables(snapshot: dsl.Input[dsl.Dataset], feature_tables: dsl.Output[dsl.Dataset]) -> NamedTuple(
+    "Outputs", [("usage", dict)]
+):  # type: ignore[valid-type]
+    """Count, rate and remember per user, item and category, each value known strictly before its event_timestamp.
+
+    Args:
+        snapshot: the log.
+        feature_tables: what the Feast views read.
+    """
+    from collections import namedtuple
+    from pathlib import Path
+
+    from evergreen.contracts.snapshot import Snapshot
+    from evergreen.features.tables import build_feature_tables
+    from evergreen.step import pipeline_step
+
+    with pipeline_step("build_feature_tables") as usage:
+        result = build_feature_tables(Snapshot.load(Path(snapshot.path)), Path(feature_tables.path))
+    feature_tables.metadata["rows"] = sum(result.manifest.rows.values())
+    return namedtuple("Outputs", ["usage"])(usage)

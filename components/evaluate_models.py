@@ -1,0 +1,71 @@
+"""Step: all models are measured on the same test rows, and the champion is chosen."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.image import PIPELINE_IMAGE
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def evaluate_models(
+    snapshot: dsl.Input[dsl.Dataset],
+    feature_tables: dsl.Input[dsl.Dataset],
+    training_set: dsl.Input[dsl.Dataset],
+    packages: dsl.Input[list[dsl.Model]],
+    latency_budget_ms: float,
+    seed: int,
+    champion: dsl.Output[dsl.Model],
+    evaluation: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+    roc: dsl.Output[dsl.ClassificationMetrics],
+) -> NamedTuple("Outputs", [("champion_version", str), ("usage", dict)]):  # type: ignore[valid-type]
+    """Evaluate with bootstrap intervals, choose by quality within the latency budget, and write the report.
+
+    Args:
+        snapshot: the log.
+        feature_tables: its feature tables, for ranking whole catalogues.
+        training_set: its test split is what all models are measured on.
+        packages: the model packages.
+        latency_budget_ms: p99 milliseconds that scoring 500 candidates may take.
+        seed: of the bootstrap and of sampled queries.
+        champion: a copy of the chosen package.
+        evaluation: metrics.json and the curves.
+        report: the page for people.
+        metrics: the champion's figures.
+        roc: the champion's ROC curve.
+    """
+    import shutil
+    from collections import namedtuple
+    from pathlib import Path
+
+    from evergreen.evaluation.evaluate import EvaluationConfig, evaluate_models
+    from evergreen.models.package import ModelPackage
+
+    from evergreen.contracts.feature_tables import FeatureTables
+    from evergreen.contracts.snapshot import Snapshot
+    from evergreen.contracts.training_set import TrainingSet
+    from evergreen.step import pipeline_step
+
+    with pipeline_step("evaluate_models") as usage:
+        loaded = [ModelPackage.load(Path(package.path)) for package in packages]
+        result = evaluate_models(
+            TrainingSet.load(Path(training_set.path)),
+            loaded,
+            Path(evaluation.path),
+            tables=FeatureTables.load(Path(feature_tables.path)),
+            snapshot=Snapshot.load(Path(snapshot.path)),
+            config=EvaluationConfig(latency_budget_ms=latency_budget_ms, seed=seed),
+        )
+        chosen = next(package for package in loaded if package.info.name == result.champion)
+        shutil.copytree(chosen.path, champion.path, dirs_exist_ok=True)
+        shutil.copyfile(Path(evaluation.path) / "report.html", report.path)
+    champion.metadata["model"] = result.champion
+    champion.metadata["version"] = chosen.version
+    champion.metadata["reason"] = result.reason
+    for name, interval in result.models[result.champion].metrics.items():
+        metrics.log_metric(name, interval.value)
+    if curve := result.roc_curve(result.champion):
+        roc.log_roc_curve(*curve)
+    return namedtuple("Outputs", ["champion_version", "usage"])(chosen.version, usage)

@@ -1,0 +1,39 @@
+"""Step: a foreign log becomes a snapshot."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.image import PIPELINE_IMAGE
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def ingest_log(mapping: str, data: str, as_of: str, snapshot: dsl.Output[dsl.Dataset]) -> NamedTuple(
+    "Outputs", [("as_of", str), ("snapshot_id", str), ("usage", dict)]
+):  # type: ignore[valid-type]
+    """Read a log through a mapping into an immutable snapshot.
+
+    Args:
+        mapping: name of a shipped mapping, URL of a TOML file, or TOML text.
+        data: path or fsspec URL of a file or folder.
+        as_of: ISO 8601 time; later events are left out. Empty: all events are read.
+        snapshot: the snapshot.
+    """
+    from collections import namedtuple
+    from datetime import datetime
+    from pathlib import Path
+
+    from evergreen.ingest.log import ingest_log
+
+    from evergreen.contracts.mapping import Mapping
+    from evergreen.step import pipeline_step
+
+    with pipeline_step("ingest_log") as usage:
+        result = ingest_log(
+            Mapping.load(mapping), data, Path(snapshot.path), as_of=datetime.fromisoformat(as_of) if as_of else None
+        )
+    snapshot.metadata["snapshot_id"] = result.id
+    snapshot.metadata["rows"] = result.manifest.rows
+    snapshot.metadata["quarantined"] = sum(result.manifest.quarantined.values())
+    outputs = namedtuple("Outputs", ["as_of", "snapshot_id", "usage"])
+    return outputs(result.as_of.isoformat(), result.id, usage)

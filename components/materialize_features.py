@@ -1,0 +1,34 @@
+"""Step: the latest features of every user and item go into the online store."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.image import PIPELINE_IMAGE
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def materialize_features(
+    feature_tables: dsl.Input[dsl.Dataset], as_of: str, feature_store: dsl.Output[dsl.Artifact]
+) -> NamedTuple("Outputs", [("usage", dict)]):  # type: ignore[valid-type]
+    """Apply the Feast definitions and materialize what was known at `as_of`.
+
+    Args:
+        feature_tables: the offline source.
+        as_of: ISO 8601 time of the values that are served.
+        feature_store: a Feast repository with its registry and online store.
+    """
+    from collections import namedtuple
+    from datetime import datetime
+    from pathlib import Path
+
+    from evergreen.features.store import FeatureStore
+
+    from evergreen.contracts.feature_tables import FeatureTables
+    from evergreen.step import pipeline_step
+
+    with pipeline_step("materialize_features") as usage:
+        store = FeatureStore.create(Path(feature_store.path), FeatureTables.load(Path(feature_tables.path)))
+        store.materialize(datetime.fromisoformat(as_of))
+    feature_store.metadata["as_of"] = as_of
+    return namedtuple("Outputs", ["usage"])(usage)

@@ -1,0 +1,86 @@
+"""The forward half of the loop: from a click log to a champion and the features that it is served with."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.build_feature_tables import build_feature_tables
+from components.build_training_set import build_training_set
+from components.evaluate_models import evaluate_models
+from components.ingest_log import ingest_log
+from components.materialize_features import materialize_features
+from components.report_drift import report_drift
+from components.summarize_run import summarize_run
+from components.train_model import train_model
+
+MODELS = ["popularity", "logistic_regression", "factorization_machine", "deepfm"]
+
+
+class TrainingOutputs(NamedTuple):
+    """What the training pipeline leaves behind."""
+
+    champion: dsl.Model
+    feature_store: dsl.Artifact
+    report: dsl.HTML
+    drift_report: dsl.HTML
+    summary: dsl.Artifact
+
+
+@dsl.pipeline(name="evergreen-training", description="Click log to champion: snapshot, features, models, evaluation.")
+def training_pipeline(
+    mapping: str,
+    data: str,
+    as_of: str = "",
+    models: list = MODELS,
+    latency_budget_ms: float = 50.0,
+    seed: int = 0,
+) -> TrainingOutputs:
+    """Train all models on a log up to `as_of` and choose the champion.
+
+    Args:
+        mapping: name of a shipped mapping, URL of a TOML file, or TOML text.
+        data: path or fsspec URL of the log.
+        as_of: ISO 8601 time up to which the log is read; empty for all of it.
+        models: names of the model registry to train.
+        latency_budget_ms: p99 milliseconds that scoring 500 candidates may take.
+        seed: of everything drawn at random.
+    """
+    ingested = ingest_log(mapping=mapping, data=data, as_of=as_of)
+    snapshot = ingested.outputs["snapshot"]
+    features = build_feature_tables(snapshot=snapshot)
+    tables = features.outputs["feature_tables"]
+    built = build_training_set(snapshot=snapshot, feature_tables=tables, seed=seed)
+    rows = built.outputs["training_set"]
+    with dsl.ParallelFor(models, parallelism=2) as model:
+        trained = train_model(training_set=rows, model=model, seed=seed)
+    evaluated = evaluate_models(
+        snapshot=snapshot,
+        feature_tables=tables,
+        training_set=rows,
+        packages=dsl.Collected(trained.outputs["package"]),
+        latency_budget_ms=latency_budget_ms,
+        seed=seed,
+    )
+    drift = report_drift(training_set=rows, seed=seed)
+    materialized = materialize_features(feature_tables=tables, as_of=ingested.outputs["as_of"])
+    summarized = summarize_run(
+        snapshot=snapshot,
+        training_set=rows,
+        evaluation=evaluated.outputs["evaluation"],
+        step_usages=[
+            ingested.outputs["usage"],
+            features.outputs["usage"],
+            built.outputs["usage"],
+            evaluated.outputs["usage"],
+            drift.outputs["usage"],
+            materialized.outputs["usage"],
+        ],
+        model_usages=dsl.Collected(trained.outputs["usage"]),
+    )
+    return TrainingOutputs(
+        champion=evaluated.outputs["champion"],
+        feature_store=materialized.outputs["feature_store"],
+        report=evaluated.outputs["report"],
+        drift_report=drift.outputs["report"],
+        summary=summarized.outputs["summary"],
+    )

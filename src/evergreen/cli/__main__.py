@@ -1,0 +1,5 @@
+"""`python -m evergreen.cli` is the `evergreen` command."""
+
+from evergreen.cli import main
+
+main()

@@ -1,0 +1,24 @@
+"""`evergreen serve`: one model package behind KServe's HTTP protocols."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model package (OUT/model of a run).")
+@click.option(
+    "--feature-store",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Feast repository with the online store.  [default: feature_store beside the model]",
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.option("--name", default="evergreen", show_default=True, help="Name of the model in the URL.")
+def serve(model: Path, feature_store: Path | None, port: int, name: str) -> None:
+    """Serve recommendations over KServe V1 and V2 HTTP until interrupted."""
+    from evergreen.serving.server import serve as serve_model
+
+    serve_model(model, feature_store or model.resolve().parent / "feature_store", port=port, name=name)

@@ -1,0 +1,1 @@
+"""Features: the tables, the point-in-time join, and the Feast store that serves them."""

@@ -1,0 +1,185 @@
+"""The point-in-time join: to every row, the features that were known at its time. DuckDB's ASOF JOIN, without Feast.
+
+Feast's own joins pair each row with every earlier feature row of its key and then de-duplicate; with hundreds of
+change points a key that explodes. An ASOF join sorts both sides once. It runs here on keys and times alone and finds
+where in the Parquet files the matching row lies; the wide values are read in a second pass, for matched rows only.
+
+A feature row counts as known from its own event_timestamp on (`<=`): the tables already hold, at T, only what was
+known strictly before T. Times are compared in microseconds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from evergreen.contracts.errors import ArtifactError
+from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
+from evergreen.features.request import REQUEST_SCHEMA, request_features
+
+EVENT_TIMESTAMP = "event_timestamp"
+
+_MEMORY_LIMIT = "3GB"  # beyond it DuckDB spills to disk
+_MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class AsofSource:
+    """Feature rows in Parquet, and how they meet the spine."""
+
+    path: str
+    """A Parquet file, or a folder of them."""
+    keys: Mapping[str, str]
+    """Column of the file → column of the spine."""
+    features: Mapping[str, str]
+    """Column of the result → column of the file."""
+    timestamp: str = EVENT_TIMESTAMP
+    created: str | None = None
+    """Of rows with equal key and timestamp, the one created last counts. Without it, any one of them."""
+    ttl: timedelta = field(default=timedelta(0))
+    """How long a row holds; 0: until the next one."""
+
+
+def join_features(spine: pa.Table, tables: FeatureTables) -> pa.Table:
+    """Append the columns of feature service `ranker_v1`, as known at each row's time.
+
+    Args:
+        spine: rows with event_timestamp, user_id, item_id and category; keys may be null. Anything else is kept.
+        tables: the feature tables.
+
+    Returns:
+        The spine's rows in the spine's order; its columns, then those of the tables in the order of JOIN_KEYS, then
+        `request_features` of the row's own time. A null or unknown key gives null features.
+
+    Raises:
+        ArtifactError: the spine lacks a key column, or already has a column of the service.
+    """
+    sources = [_table_source(tables, name) for name in JOIN_KEYS]
+    check_spine(spine, {key for keys in JOIN_KEYS.values() for key in keys})
+    joined = [asof_features(spine, source) for source in sources]
+    stored = pa.Table.from_arrays(
+        [column for table in joined for column in table.columns],
+        schema=pa.schema([column for table in joined for column in table.schema]),
+    )
+    on_demand = request_features(spine[EVENT_TIMESTAMP], stored)
+    features = {name: table[name] for table in (stored, on_demand) for name in table.column_names}
+    if taken := sorted(features.keys() & set(spine.column_names)):
+        raise ArtifactError(f"the spine already has {taken[0]!r}, a column of ranker_v1: rename or drop it")
+    for name, column in features.items():
+        spine = spine.append_column(name, column)
+    return spine
+
+
+def items_as_of(tables: FeatureTables, as_of: datetime) -> pa.Table:
+    """The catalogue at a moment: (item_id, category, item_first_seen), sorted by item_id.
+
+    An item is in it from its first profile row on, with the category that it had then last.
+    """
+    path = str(tables.table("item_profile"))
+    with connection() as db:
+        return db.sql(
+            """
+            SELECT item_id, item_category AS category, item_first_seen
+            FROM read_parquet($path)
+            WHERE epoch_us(event_timestamp) <= $as_of
+            QUALIFY row_number() OVER (PARTITION BY item_id ORDER BY event_timestamp DESC) = 1
+            ORDER BY item_id
+            """,
+            params={"path": path, "as_of": micros(as_of)},
+        ).to_arrow_table()
+
+
+def service_columns(tables: FeatureTables) -> list[str]:
+    """Names of the columns that `join_features` appends, in order."""
+    return [name for table in JOIN_KEYS for name in _table_source(tables, table).features] + REQUEST_SCHEMA.names
+
+
+def asof_features(spine: pa.Table, source: AsofSource, *, timestamp: str = EVENT_TIMESTAMP) -> pa.Table:
+    """Features of one source for every row of the spine.
+
+    Args:
+        spine: rows with the source's key columns and a timestamp; other columns are not read.
+        source: the feature rows.
+        timestamp: the spine's time column; a timestamp without a zone is UTC.
+
+    Returns:
+        (num_rows) the source's features alone, in the spine's order.
+    """
+    columns = {f"key_{i}": spine[name] for i, name in enumerate(source.keys.values())}
+    # A column of nothing but nulls has no type of its own, and DuckDB would take it for integers.
+    columns = {name: c.cast(pa.string()) if pa.types.is_null(c.type) else c for name, c in columns.items()}
+    columns["at"] = spine[timestamp].cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+    columns["ordinal"] = pa.array(np.arange(spine.num_rows))
+    with connection() as db:
+        db.register("spine", pa.table(columns))
+        joined = db.sql(asof_query(source), params={"path": source.path}).to_arrow_table()
+    types = ds.dataset(source.path, format="parquet").schema  # DuckDB names the inside of a list its own way
+    return joined.cast(pa.schema([pa.field(name, types.field(column).type) for name, column in source.features.items()]))
+
+
+def asof_query(source: AsofSource) -> str:
+    """The SQL of `asof_features`: relation `spine` has key_0 …, at (microseconds) and ordinal; $path is a parameter."""
+    keys = ", ".join(f"{_quote(column)} AS key_{i}" for i, column in enumerate(source.keys))
+    last_created = ""
+    if source.created:
+        partition = ", ".join([*(_quote(column) for column in source.keys), _quote(source.timestamp)])
+        order = f"{_quote(source.created)} DESC NULLS LAST"
+        last_created = f"QUALIFY row_number() OVER (PARTITION BY {partition} ORDER BY {order}) = 1"
+    equal_keys = " AND ".join(f"s.key_{i} = f.key_{i}" for i in range(len(source.keys)))
+    fresh = f"s.at - f.at <= {source.ttl // _MICROSECOND}" if source.ttl else "true"
+    features = ", ".join(f"f.{_quote(column)} AS {_quote(name)}" for name, column in source.features.items())
+    return f"""
+        WITH known AS (
+            SELECT {keys}, epoch_us({_quote(source.timestamp)}) AS at, file_index AS file, file_row_number AS row
+            FROM read_parquet($path) {last_created}
+        ), match AS (
+            SELECT s.ordinal, f.file, CASE WHEN {fresh} THEN f.row END AS row
+            FROM spine s ASOF LEFT JOIN known f ON {equal_keys} AND s.at >= f.at
+        )
+        SELECT {features}
+        FROM match m LEFT JOIN read_parquet($path) f ON m.file = f.file_index AND m.row = f.file_row_number
+        ORDER BY m.ordinal
+    """
+
+
+@contextmanager
+def connection() -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB of its own, in UTC, with bounded memory and its spill files out of the way."""
+    with tempfile.TemporaryDirectory(prefix="evergreen-duckdb-") as spill, duckdb.connect() as db:
+        db.execute("SET TimeZone = 'UTC'")
+        db.execute(f"SET memory_limit = '{_MEMORY_LIMIT}'")
+        db.execute("SET temp_directory = $spill", {"spill": spill})
+        db.execute("SET preserve_insertion_order = false")  # every query here says its order
+        yield db
+
+
+def check_spine(spine: pa.Table, keys: set[str]) -> None:
+    """Raise ArtifactError unless the spine has an event_timestamp and all key columns."""
+    for name in [EVENT_TIMESTAMP, *sorted(keys)]:
+        if name not in spine.column_names:
+            raise ArtifactError(f"the spine has no column {name!r}, only {spine.column_names}: add it (null where unknown)")
+
+
+def micros(moment: datetime) -> int:
+    """Unix time in microseconds of a moment with a time zone."""
+    return (moment - datetime.fromtimestamp(0, tz=UTC)) // _MICROSECOND
+
+
+def _table_source(tables: FeatureTables, name: str) -> AsofSource:
+    path = str(tables.table(name))
+    keys = JOIN_KEYS[name]
+    features = [column for column in pq.read_schema(path).names if column not in (*keys, EVENT_TIMESTAMP)]
+    return AsofSource(path=path, keys={key: key for key in keys}, features={column: column for column in features})
+
+
+def _quote(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

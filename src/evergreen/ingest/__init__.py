@@ -1,0 +1,1 @@
+"""Ingest: a foreign log, read through a mapping, becomes a snapshot."""

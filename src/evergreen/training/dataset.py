@@ -1,0 +1,232 @@
+"""The training set: events (and drawn negatives) joined with the features that were known before them, cut in time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from evergreen.contracts.artifact import atomic_directory
+from evergreen.contracts.errors import TrainingError
+from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.mapping import LogKind, Role
+from evergreen.contracts.snapshot import Snapshot
+from evergreen.contracts.training_set import (
+    ROW_FIELDS,
+    SPLITS,
+    ColumnKind,
+    Feature,
+    SplitInfo,
+    TrainingSet,
+    TrainingSetManifest,
+)
+from evergreen.features.columns import feature_columns
+from evergreen.features.point_in_time import items_as_of
+from evergreen.training.negatives import draw_negatives
+from evergreen.training.split import SplitBoundaries, from_micros, split_boundaries
+
+logger = logging.getLogger(__name__)
+
+EMBARGO = "in the embargo between two splits or before as_of"
+REPEAT = "interaction with an item that the user already knew"
+NOT_IN_CATALOGUE = "first interaction of its item: nobody could have recommended it"
+
+
+class HistoricalFeatures(Protocol):
+    """What joins features to a spine: the Feast store, through one feature service."""
+
+    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
+        """The spine's rows, in order, with the service's features as known strictly before each."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Spine:
+    """Rows to learn from, before features: the table, and what was left out and why."""
+
+    table: pa.Table
+    left_out: dict[str, int]
+
+
+def build_training_set(
+    snapshot: Snapshot,
+    tables: FeatureTables,
+    store: HistoricalFeatures,
+    out: Path,
+    *,
+    service: str = "ranker_v1",
+    seed: int = 0,
+) -> TrainingSet:
+    """Join, split and write the training set of a snapshot.
+
+    Args:
+        snapshot: the log.
+        tables: its feature tables, for the catalogue of each moment.
+        store: joins the feature service to the rows.
+        out: where the training set goes; written whole or not at all.
+        service: the feature service that the models read.
+        seed: of the drawn negatives (interactions only).
+
+    Raises:
+        TrainingError: a split is empty, or no feature says anything.
+    """
+    if tables.manifest.snapshot_id != snapshot.id:
+        raise TrainingError(
+            f"feature tables were built from snapshot {tables.manifest.snapshot_id[:12]}, not from {snapshot.id[:12]}: "
+            "build them again"
+        )
+    mapping = snapshot.mapping
+    spine = _interaction_spine(snapshot, tables, seed) if snapshot.kind is LogKind.INTERACTIONS else _spine(snapshot)
+    time = _micros(spine.table)
+    boundaries = split_boundaries(time, mapping.split, as_of=snapshot.as_of)
+    place = boundaries.assign(time)
+    rows = spine.table.filter(pa.array(place >= 0))
+    place = place[place >= 0]
+    left_out = dict(spine.left_out)
+    if embargoed := spine.table.num_rows - rows.num_rows:
+        left_out[EMBARGO] = embargoed
+    logger.info("joining %s to %d rows", service, rows.num_rows)
+    joined = store.historical(rows.append_column("row_id", pa.array(np.arange(rows.num_rows))), service=service)
+    return _write(snapshot, joined, place, boundaries, out, service=service, left_out=left_out)
+
+
+def _micros(table: pa.Table) -> NDArray[np.int64]:
+    return table["event_timestamp"].cast(pa.int64()).to_numpy()
+
+
+def _read_events(snapshot: Snapshot) -> pa.Table:
+    """Columns of the events that a row to learn from needs, in time order."""
+    context = list(snapshot.mapping.features(Role.CONTEXT))
+    columns = ["event_timestamp", "request_id", "user_id", "item_id", "category", "position", "propensity", *context]
+    label = {LogKind.IMPRESSIONS: ["clicked"], LogKind.RATINGS: ["rating"], LogKind.INTERACTIONS: []}[snapshot.kind]
+    return ds.dataset(snapshot.files, format="parquet").to_table(columns=columns + label)
+
+
+def _spine(snapshot: Snapshot) -> _Spine:
+    """Every impression or rating is a row."""
+    events = _read_events(snapshot)
+    source = "clicked" if snapshot.kind is LogKind.IMPRESSIONS else "rating"
+    label = events[source].cast(pa.float32())
+    return _Spine(events.drop_columns([source]).append_column("label", label), {})
+
+
+def _interaction_spine(snapshot: Snapshot, tables: FeatureTables, seed: int) -> _Spine:
+    """Every interaction that could have been recommended is a positive row; drawn items are the negatives."""
+    events = _read_events(snapshot)
+    items = items_as_of(tables, snapshot.as_of)
+    time = _micros(events)
+    first_seen = items["item_first_seen"].cast(pa.int64()).to_numpy()
+    item = pc.index_in(events["item_id"], value_set=items["item_id"].combine_chunks()).to_numpy().astype(np.int64)
+    user = events["user_id"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+
+    left_out = {}
+    keep = first_seen[item] < time
+    left_out[NOT_IN_CATALOGUE] = int((~keep).sum())
+    if not snapshot.mapping.recommend_seen_items:
+        _, first = np.unique(user * len(first_seen) + item, return_index=True)
+        is_first = np.zeros(len(user), dtype=bool)
+        is_first[first] = True
+        left_out[REPEAT] = int((keep & ~is_first).sum())
+        keep &= is_first
+    # Draw with all interactions known, so that what a user met before is never a negative for him.
+    drawn = draw_negatives(
+        user,
+        item,
+        time,
+        first_seen,
+        per_positive=snapshot.mapping.negatives_per_positive,
+        rng=np.random.default_rng(seed),
+    )
+    kept = keep[drawn.positive]
+    positive_row = np.flatnonzero(keep)
+    negative_row, negative_item = drawn.positive[kept], drawn.item[kept]
+
+    rows = events.take(pa.array(np.concatenate([positive_row, negative_row])))
+    item_code = pa.array(np.concatenate([item[positive_row], negative_item]))
+    for name in ("item_id", "category"):
+        rows = rows.set_column(rows.schema.get_field_index(name), name, items[name].take(item_code))
+    for name in ("position", "propensity"):  # they belong to what was shown, not to what was drawn
+        rows = rows.set_column(
+            rows.schema.get_field_index(name), name, pa.nulls(rows.num_rows, rows.schema.field(name).type)
+        )
+    label = np.concatenate([np.ones(len(positive_row)), np.zeros(len(negative_row))]).astype(np.float32)
+    rows = rows.append_column("label", pa.array(label))
+    order = np.argsort(np.concatenate([positive_row, negative_row]), kind="stable")
+    return _Spine(rows.take(pa.array(order)), {reason: n for reason, n in left_out.items() if n})
+
+
+def _write(
+    snapshot: Snapshot,
+    joined: pa.Table,
+    place: NDArray[np.int8],
+    boundaries: SplitBoundaries,
+    out: Path,
+    *,
+    service: str,
+    left_out: dict[str, int],
+) -> TrainingSet:
+    train = joined.filter(pa.array(place == SPLITS.index("train")))
+    features, dropped = _informative(train, feature_columns(snapshot.mapping))
+    if not features:
+        raise TrainingError(
+            "no feature says anything about this log: every column is constant or missing. Name feature columns in the "
+            "mapping ([user_features], [item_features], [context_features])"
+        )
+    for name, reason in dropped.items():
+        logger.info("feature %s is dropped: %s", name, reason)
+    names = [field.name for field in ROW_FIELDS]
+    names += [feature.name for feature in features if feature.name not in names]
+    splits = {}
+    with atomic_directory(out) as scratch:
+        for index, split in enumerate(SPLITS):
+            rows = joined.filter(pa.array(place == index)).select(names)
+            pq.write_table(rows, scratch / f"{split}.parquet", compression="zstd", row_group_size=128 * 1024)
+            start, end = boundaries.ranges[split]
+            splits[split] = SplitInfo(
+                start=from_micros(start),
+                end=from_micros(end),
+                rows=rows.num_rows,
+                positives=rows.num_rows
+                if snapshot.kind is LogKind.RATINGS
+                else int(pc.sum(rows["label"]).as_py() or 0),
+                label_mean=float(pc.mean(rows["label"]).as_py() or 0.0),
+            )
+        TrainingSetManifest(
+            snapshot_id=snapshot.id,
+            mapping=snapshot.mapping,
+            as_of=snapshot.as_of,
+            feature_service=service,
+            embargo_seconds=snapshot.mapping.split.attribution_window.total_seconds(),
+            splits=splits,
+            features=tuple(features),
+            dropped_features=dropped,
+            left_out=left_out,
+        ).write(scratch / TrainingSet.MANIFEST)
+    return TrainingSet.load(out)
+
+
+def _informative(train: pa.Table, features: tuple[Feature, ...]) -> tuple[list[Feature], dict[str, str]]:
+    """Features that take at least two values in the training rows, and why the others do not."""
+    kept, dropped = [], {}
+    for feature in features:
+        column = train[feature.name]
+        if feature.kind in (ColumnKind.SEQUENCE, ColumnKind.MULTI):
+            if not pc.any(pc.greater(pc.list_value_length(column), 0)).as_py():
+                dropped[feature.name] = "no value in the training rows"
+                continue
+        elif column.null_count == len(column):
+            dropped[feature.name] = "no value in the training rows"
+            continue
+        elif column.null_count == 0 and pc.all(pc.equal(column, column[0])).as_py():
+            dropped[feature.name] = f"constant in the training rows: {column[0].as_py()!r}"
+            continue
+        kept.append(feature)
+    return kept, dropped

@@ -1,0 +1,84 @@
+"""Cutting a log in time: train, then validation, then test, with an embargo before each cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evergreen.contracts.errors import TrainingError
+from evergreen.contracts.mapping import Split
+from evergreen.contracts.training_set import SPLITS
+
+_HOUR = 3_600_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class SplitBoundaries:
+    """Half-open ranges [start, end) of the three splits, in microseconds since 1970."""
+
+    ranges: dict[str, tuple[int, int]]
+
+    def assign(self, time: NDArray[np.int64]) -> NDArray[np.int8]:
+        """The place in SPLITS of each row, or -1 for rows in an embargo. Shape (n,)."""
+        place = np.full(len(time), -1, dtype=np.int8)
+        for index, split in enumerate(SPLITS):
+            start, end = self.ranges[split]
+            place[(time >= start) & (time < end)] = index
+        return place
+
+
+def to_micros(moment: datetime) -> int:
+    """Microseconds since 1970, exactly."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
+
+
+def from_micros(micros: int) -> datetime:
+    """The UTC time of microseconds since 1970."""
+    return _EPOCH + timedelta(microseconds=int(micros))
+
+
+def split_boundaries(time: NDArray[np.int64], split: Split, *, as_of: datetime) -> SplitBoundaries:
+    """Where to cut so that validation and test hold their fractions of the rows.
+
+    Cuts fall on full hours where the log is long enough for that. The embargo (the attribution window) is taken from
+    the end of each earlier split, and from the end of the test split: labels younger than it are not final yet.
+
+    Args:
+        time: (n,) event times in microseconds, ascending.
+        split: the fractions and the attribution window.
+        as_of: the moment up to which the log is known.
+
+    Raises:
+        TrainingError: there are too few rows, or too short a time, for three splits.
+    """
+    embargo = split.attribution_window // timedelta(microseconds=1)
+    end = to_micros(as_of)
+    n = len(time)
+    cuts = []
+    for fraction in (split.validation_fraction + split.test_fraction, split.test_fraction):
+        cut = int(time[min(n - 1, int(n * (1 - fraction)))]) if n else 0
+        on_hour = cut - cut % _HOUR
+        # An hour's rounding may not move more than a tenth of the split.
+        moved = np.searchsorted(time, cut) - np.searchsorted(time, on_hour)
+        cuts.append(on_hour if moved <= 0.1 * fraction * n else cut)
+    validation, test = cuts
+    ranges = {
+        "train": (int(time[0]) if n else 0, validation - embargo),
+        "validation": (validation, test - embargo),
+        "test": (test, end - embargo),
+    }
+    boundaries = SplitBoundaries(ranges)
+    sizes = np.bincount(boundaries.assign(time) + 1, minlength=4)[1:]
+    for name, size in zip(SPLITS, sizes, strict=True):
+        if size == 0:
+            raise TrainingError(
+                f"the {name} split is empty: {n} rows from {from_micros(time[0]) if n else '-'} to {as_of}, "
+                f"validation fraction {split.validation_fraction}, test fraction {split.test_fraction}, embargo "
+                f"{split.attribution_window}. Give a longer log, larger fractions or a shorter attribution_window in "
+                "the mapping's [split]"
+            )
+    return boundaries
