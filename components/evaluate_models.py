@@ -60,12 +60,14 @@ def evaluate_models(
         )
         chosen = next(package for package in loaded if package.info.name == result.champion)
         shutil.copytree(chosen.path, champion.path, dirs_exist_ok=True)
-        shutil.copyfile(Path(evaluation.path) / "report.html", report.path)
+        shutil.copyfile(result.report, report.path)
     champion.metadata["model"] = result.champion
     champion.metadata["version"] = chosen.version
     champion.metadata["reason"] = result.reason
-    for name, interval in result.models[result.champion].metrics.items():
-        metrics.log_metric(name, interval.value)
-    if curve := result.roc_curve(result.champion):
-        roc.log_roc_curve(*curve)
+    for name, estimate in result.model(result.champion).metrics.items():
+        if estimate.value is not None:
+            metrics.log_metric(name, estimate.value)
+    if curve := result.curves().models.get(result.champion):
+        roc.log_roc_curve(list(curve.false_positive_rate), list(curve.true_positive_rate), list(curve.thresholds))
+        roc.log_confusion_matrix(["no click", "click"], [list(row) for row in curve.confusion])
     return namedtuple("Outputs", ["champion_version", "usage"])(chosen.version, usage)

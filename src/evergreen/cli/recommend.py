@@ -31,6 +31,8 @@ def recommend(
     protocol: str,
 ) -> None:
     """Ask a served model for recommendations and print them."""
+    values = dict(_context_value(entry) for entry in context)
+
     from evergreen.serving.client import RecommenderClient
 
     client = RecommenderClient(url, model_name=model_name)
@@ -38,7 +40,7 @@ def recommend(
         user_id,
         k=k,
         candidates=candidates.split(",") if candidates else None,
-        context=dict(_context_value(entry) for entry in context),
+        context=values,
         event_timestamp=at,
         protocol=protocol,
     )

@@ -52,7 +52,6 @@ def run(
     start = time.perf_counter()
     mapping = Mapping.load(mapping_reference)
     click.echo(f"mapping {mapping.name}: a log of {mapping.kind}")
-    _claim(out)
 
     from pipelines.local import run_locally
     from pipelines.training import MODELS, training_pipeline
@@ -65,6 +64,7 @@ def run(
         "latency_budget_ms": latency_budget_ms,
         "seed": seed,
     }
+    _claim(out)
 
     def tell(line: str) -> None:
         click.echo(f"[{time.perf_counter() - start:6.1f} s] {line}", file=sys.__stdout__)
@@ -130,13 +130,20 @@ def _echo_summary(summary: dict[str, Any]) -> None:
     click.echo()
     primary = summary["primary_metric"]
     for name, model in summary["models"].items():
-        metric = model["metrics"][primary]
+        estimate, latency = model["metrics"].get(primary), model["latency"]
+        figures = _figures(estimate) if estimate else "not measured"
+        speed = f"p99 {latency['p99_ms']:.1f} ms for {latency['rows']} candidates" if latency else ""
         mark = "*" if name == summary["champion"]["model"] else " "
-        click.echo(
-            f" {mark} {name:<24} {primary} {metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]   "
-            f"p99 {model['latency']['p99_ms']:.1f} ms for {model['latency']['num_candidates']} candidates"
-        )
+        click.echo(f" {mark} {name:<22} {primary} {figures:<26} {speed}")
     click.echo(f"champion: {summary['champion']['reason']}\n")
+
+
+def _figures(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None:
+        return str(estimate["reason"])
+    if estimate["low"] is None:
+        return f"{estimate['value']:.4f}"
+    return f"{estimate['value']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"
 
 
 def _ask(out: Path, as_of: datetime) -> None:

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
 
 
 @click.group()
@@ -31,14 +30,9 @@ def simulate_log_command(
     from evergreen.simulator.log import SimulatorConfig, simulate_log
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        config = SimulatorConfig(
-            num_users=num_users, num_items=num_items, num_days=num_days, events_per_day=events_per_day, seed=seed
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
-        raise click.UsageError(f"{option} = {first['input']}: {first['msg']}") from error
+    config = SimulatorConfig(
+        num_users=num_users, num_items=num_items, num_days=num_days, events_per_day=events_per_day, seed=seed
+    )
     simulate_log(config, out)
     click.echo(
         f"{out}: {num_days * events_per_day:,} impressions; next: evergreen run --mapping simulated --data {out}"

@@ -210,7 +210,10 @@ class Mapping(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _feature_shorthand(cls, data: Any) -> Any:
-        """Allow `price = "numeric"` for `price = {column = "price", type = "numeric"}`."""
+        """Allow `price = "numeric"` for `price = {column = "price", type = "numeric"}`, and sort by name.
+
+        Sorted, because the order of columns must not depend on whether a mapping comes from TOML or from a manifest.
+        """
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -219,7 +222,7 @@ class Mapping(_Frozen):
             if isinstance(table, dict):
                 data[key] = {
                     name: {"column": name, "type": value} if isinstance(value, str) else value
-                    for name, value in table.items()
+                    for name, value in sorted(table.items())
                 }
         return data
 

@@ -29,8 +29,13 @@ RATING_UNITS = 1_000_000
 """Ratings are summed as whole millionths, which is exact."""
 
 _HOUR_SECONDS = 3600
-_EVENT_MEASURES = ("events",)
-_LABEL_MEASURES = ("labels", "positives", "label_units")
+
+_LABEL_SUMS = {
+    LogKind.IMPRESSIONS: {"labels": "labels", "positives": "positives", "label_units": "positives"},
+    LogKind.INTERACTIONS: {"labels": "positives", "positives": "positives", "label_units": "positives"},
+    LogKind.RATINGS: {"labels": "positives", "positives": "positives", "label_units": "label_units"},
+}
+"""Which column of `with_labels` to sum for a quantity: where two are equal by definition, one sum does for both."""
 
 
 def full_hours(window: timedelta) -> int:
@@ -67,10 +72,9 @@ def label_unit(kind: LogKind) -> int:
     return RATING_UNITS if kind is LogKind.RATINGS else 1
 
 
-def _total(values: ir.IntegerColumn, window: ibis.expr.builders.WindowBuilder | None = None) -> ir.IntegerColumn:
-    """Sum as int64. DuckDB's is an int128, and Ibis, which takes it for an int64, would drop a plain cast."""
-    total = values.sum() if window is None else values.sum().over(window)
-    return total.cast("decimal(38, 0)").cast("int64")
+def _whole(total: ir.IntegerValue) -> ir.IntegerValue:
+    """A sum as int64. DuckDB's is an int128; Ibis takes it for an int64 already and drops a cast to just that."""
+    return total.cast("!int64")
 
 
 def _shifts(lag: int) -> ir.Table:
@@ -100,18 +104,22 @@ def global_prior(events: ir.Table, *, kind: LogKind, lag: int, last_hour: int) -
     Returns:
         T (int64, hours since 1970), prior (float64, null while no label has matured). One row a T.
     """
-    hourly = events.group_by("hour").agg(labels=_total(events.labels), label_units=_total(events.label_units))
+    hourly = events.group_by("hour").agg(
+        labels=_whole(events.labels.sum()), label_units=_whole(events.label_units.sum())
+    )
     deltas = hourly.cross_join(_shifts(lag)).mutate(T=lambda t: t.hour + 1 + t.shift)
     known = (
         deltas.filter(deltas["T"] <= last_hour)
         .group_by("T")
         .agg(
-            labels=_total(deltas.labels * deltas.label_seen),
-            label_units=_total(deltas.label_units * deltas.label_seen),
+            labels=_whole((deltas.labels * deltas.label_seen).sum()),
+            label_units=_whole((deltas.label_units * deltas.label_seen).sum()),
         )
     )
     so_far = ibis.cumulative_window(order_by="T")
-    known = known.mutate(labels=_total(known.labels, so_far), label_units=_total(known.label_units, so_far))
+    known = known.mutate(
+        labels=_whole(known.labels.sum().over(so_far)), label_units=_whole(known.label_units.sum().over(so_far))
+    )
     mean = known.label_units.cast("float64") / label_unit(kind) / known.labels.nullif(0)
     return known.select("T", prior=mean)
 
@@ -141,24 +149,25 @@ def activity(
     events = events.filter([events[key].notnull() for key in keys])
     hourly = events.group_by([*keys, "hour"]).agg(
         events=events.count(),
-        labels=_total(events.labels),
-        positives=_total(events.positives),
-        label_units=_total(events.label_units),
-        chosen=_total(events.positives * events.item_id.notnull().cast("int64")),
+        labels=_whole(events.labels.sum()),
+        positives=_whole(events.positives.sum()),
+        label_units=_whole(events.label_units.sum()),
+        chosen=_whole((events.positives * events.item_id.notnull().cast("int64")).sum()),
         last_event=events.event_timestamp.max(),
         last_positive=events.event_timestamp.max(where=events.positives == 1),
     )
     deltas = hourly.cross_join(_shifts(lag)).mutate(T=lambda t: t.hour + 1 + t.shift)
     deltas = deltas.filter(deltas["T"] <= last_hour)
-    clocks = dict.fromkeys(_EVENT_MEASURES, "event") | dict.fromkeys(_LABEL_MEASURES, "label")
+    sums = _LABEL_SUMS[kind]
+    clocks = {"events": "event"} | dict.fromkeys(sums.values(), "label")
     windowed = [f"{measure}_{window}" for measure in clocks for window in WINDOWS_HOURS]
     changes = deltas.group_by([*keys, "T"]).agg(
         **{
-            f"{measure}_{window}": _total(deltas[measure] * deltas[f"{clock}_{window}"])
+            f"{measure}_{window}": _whole((deltas[measure] * deltas[f"{clock}_{window}"]).sum())
             for measure, clock in clocks.items()
             for window in WINDOWS_HOURS
         },
-        history_end=_total(deltas.chosen * deltas.label_seen),
+        history_end=_whole((deltas.chosen * deltas.label_seen).sum()),
         last_event=deltas.last_event.max(where=deltas.event_seen == 1),
         last_positive=deltas.last_positive.max(where=deltas.label_seen == 1),
     )
@@ -166,14 +175,16 @@ def activity(
     values = changes.select(
         *keys,
         "T",
-        **{column: _total(changes[column], so_far) for column in [*windowed, "history_end"]},
+        **{column: _whole(changes[column].sum().over(so_far)) for column in [*windowed, "history_end"]},
         **{column: changes[column].max().over(so_far) for column in ("last_event", "last_positive")},
     )
     values = values.join(prior, "T", how="left")
     unit, strength = label_unit(kind), SMOOTHING_STRENGTH
     rates = {
-        f"{prefix}_rate_{window}": (values[f"label_units_{window}"].cast("float64") / unit + strength * values.prior)
-        / (values[f"labels_{window}"] + strength)
+        f"{prefix}_rate_{window}": (
+            values[f"{sums['label_units']}_{window}"].cast("float64") / unit + strength * values.prior
+        )
+        / (values[f"{sums['labels']}_{window}"] + strength)
         for window in WINDOWS_HOURS
     }
     return values.select(
@@ -191,9 +202,9 @@ def activity(
 def history_pages(events: ir.Table) -> ir.Table:
     """Every user's positive items in order, cut into overlapping pages.
 
-    Page p holds the positives of rank [(p-1) x length, (p+1) x length), so that any run of `HISTORY_LENGTH` that ends in
-    its second half lies in one page. Storing pages and cutting the run out when a row is written takes two items a
-    positive event; a list a row would take fifty.
+    Page p holds the positives of rank [(p-1) x length, (p+1) x length): a run of `HISTORY_LENGTH` that ends in the
+    second half of a page lies wholly in it. So a history is stored once and cut out where a row is written, which
+    takes two items a positive event; a list a row would take fifty.
 
     Args:
         events: from `with_labels`.

@@ -11,7 +11,7 @@ known strictly before T. Times are compared in microseconds.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -85,22 +85,54 @@ def items_as_of(tables: FeatureTables, as_of: datetime) -> pa.Table:
     An item is in it from its first profile row on, with the category that it had then last.
     """
     path = str(tables.table("item_profile"))
+    items = latest_rows(path, keys=["item_id"], columns=["item_id", "item_category", "item_first_seen"], end=as_of)
+    return items.rename_columns({"item_category": "category"})
+
+
+def latest_rows(
+    path: str,
+    *,
+    keys: Sequence[str],
+    columns: Sequence[str],
+    end: datetime,
+    start: datetime | None = None,
+    timestamp: str = EVENT_TIMESTAMP,
+    created: str | None = None,
+) -> pa.Table:
+    """The last row of every key in a time range, sorted by key.
+
+    Args:
+        path: a Parquet file, or a folder of them.
+        keys: columns that make a key.
+        columns: what to return.
+        end: rows after it do not count; rows at it do.
+        start: rows before it do not count.
+        timestamp: the time column.
+        created: of rows with equal key and timestamp, the one created last counts. Without it, any one of them.
+    """
+    order = ", ".join(f"{_quote(name)} DESC NULLS LAST" for name in (timestamp, created) if name)
+    key = ", ".join(_quote(name) for name in keys)
+    in_range = f"epoch_us({_quote(timestamp)}) <= {micros(end)}"
+    if start is not None:
+        in_range += f" AND epoch_us({_quote(timestamp)}) >= {micros(start)}"
+    query = f"""
+        WITH latest AS (
+            SELECT file_index AS file, file_row_number AS row FROM read_parquet($path) WHERE {in_range}
+            QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {order}) = 1
+        )
+        SELECT {", ".join(f"f.{_quote(name)}" for name in columns)}
+        FROM latest JOIN read_parquet($path) f ON latest.file = f.file_index AND latest.row = f.file_row_number
+        ORDER BY {", ".join(f"f.{_quote(name)}" for name in keys)}
+    """
     with connection() as db:
-        return db.sql(
-            """
-            SELECT item_id, item_category AS category, item_first_seen
-            FROM read_parquet($path)
-            WHERE epoch_us(event_timestamp) <= $as_of
-            QUALIFY row_number() OVER (PARTITION BY item_id ORDER BY event_timestamp DESC) = 1
-            ORDER BY item_id
-            """,
-            params={"path": path, "as_of": micros(as_of)},
-        ).to_arrow_table()
+        rows = db.sql(query, params={"path": path}).to_arrow_table()
+    return _with_file_types(rows, path, {name: name for name in columns})
 
 
 def service_columns(tables: FeatureTables) -> list[str]:
     """Names of the columns that `join_features` appends, in order."""
-    return [name for table in JOIN_KEYS for name in _table_source(tables, table).features] + REQUEST_SCHEMA.names
+    stored = [name for table in JOIN_KEYS for name in _table_source(tables, table).features]
+    return [*stored, *REQUEST_SCHEMA.names]
 
 
 def asof_features(spine: pa.Table, source: AsofSource, *, timestamp: str = EVENT_TIMESTAMP) -> pa.Table:
@@ -122,8 +154,7 @@ def asof_features(spine: pa.Table, source: AsofSource, *, timestamp: str = EVENT
     with connection() as db:
         db.register("spine", pa.table(columns))
         joined = db.sql(asof_query(source), params={"path": source.path}).to_arrow_table()
-    types = ds.dataset(source.path, format="parquet").schema  # DuckDB names the inside of a list its own way
-    return joined.cast(pa.schema([pa.field(name, types.field(column).type) for name, column in source.features.items()]))
+    return _with_file_types(joined, source.path, source.features)
 
 
 def asof_query(source: AsofSource) -> str:
@@ -166,7 +197,9 @@ def check_spine(spine: pa.Table, keys: set[str]) -> None:
     """Raise ArtifactError unless the spine has an event_timestamp and all key columns."""
     for name in [EVENT_TIMESTAMP, *sorted(keys)]:
         if name not in spine.column_names:
-            raise ArtifactError(f"the spine has no column {name!r}, only {spine.column_names}: add it (null where unknown)")
+            raise ArtifactError(
+                f"the spine has no column {name!r}, only {spine.column_names}: add it (null where unknown)"
+            )
 
 
 def micros(moment: datetime) -> int:
@@ -179,6 +212,12 @@ def _table_source(tables: FeatureTables, name: str) -> AsofSource:
     keys = JOIN_KEYS[name]
     features = [column for column in pq.read_schema(path).names if column not in (*keys, EVENT_TIMESTAMP)]
     return AsofSource(path=path, keys={key: key for key in keys}, features={column: column for column in features})
+
+
+def _with_file_types(rows: pa.Table, path: str, columns: Mapping[str, str]) -> pa.Table:
+    """Rows that DuckDB read, in the types of the file: DuckDB names the inside of a list its own way."""
+    types = ds.dataset(path, format="parquet").schema
+    return rows.cast(pa.schema([pa.field(name, types.field(column).type) for name, column in columns.items()]))
 
 
 def _quote(name: str) -> str:

@@ -79,7 +79,8 @@ def request_features_frame(inputs: pd.DataFrame) -> pd.DataFrame:
     """`request_features` for pandas, with the request's time in the column `request_timestamp`: Feast's form."""
     columns = [REQUEST_TIMESTAMP, *ELAPSED_FEATURES.values()]
     table = pa.Table.from_pandas(inputs[columns], preserve_index=False)
-    return request_features(table[REQUEST_TIMESTAMP], table).to_pandas()
+    frame: pd.DataFrame = request_features(table[REQUEST_TIMESTAMP], table).to_pandas()
+    return frame
 
 
 def _request_seconds(

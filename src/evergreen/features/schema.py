@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from evergreen.contracts.errors import MappingError
 from evergreen.contracts.feature_tables import JOIN_KEYS, WINDOWS_HOURS
 from evergreen.contracts.mapping import Mapping, Role
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
@@ -39,12 +38,8 @@ def feature_table_schema(name: str, mapping: Mapping) -> pa.Schema:
     Args:
         name: a key of `JOIN_KEYS`.
         mapping: decides which attributes the profile tables have.
-
-    Raises:
-        MappingError: the mapping gives a feature the name of a column that Evergreen computes.
     """
-    keys = [*(pa.field(key, pa.string(), nullable=False) for key in JOIN_KEYS[name])]
-    keys.append(pa.field("event_timestamp", TIMESTAMP_TYPE, nullable=False))
+    keys = [*(pa.field(key, pa.string()) for key in JOIN_KEYS[name]), pa.field("event_timestamp", TIMESTAMP_TYPE)]
     if prefix := ACTIVITY_PREFIXES.get(name):
         types = {"events": pa.int64(), "positives": pa.int64(), "rate": pa.float64()}
         counts = [pa.field(f"{prefix}_{what}_{w}", types[what]) for what in types for w in WINDOWS_HOURS]
@@ -56,14 +51,5 @@ def feature_table_schema(name: str, mapping: Mapping) -> pa.Schema:
 
 
 def feature_table_schemas(mapping: Mapping) -> dict[str, pa.Schema]:
-    """Schemas of all feature tables, by name.
-
-    Raises:
-        MappingError: the mapping gives a feature the name of a column that Evergreen computes.
-    """
-    computed = {"item_category", *(f"{prefix}_first_seen" for prefix in PROFILE_PREFIXES.values())}
-    for name in ACTIVITY_PREFIXES:
-        computed.update(feature_table_schema(name, mapping).names)
-    if taken := sorted(computed & set(mapping.all_features)):
-        raise MappingError(f"mapping {mapping.name}: Evergreen computes a feature named {taken[0]!r}, choose another name")
+    """Schemas of all feature tables, by name."""
     return {name: feature_table_schema(name, mapping) for name in JOIN_KEYS}

@@ -1,20 +1,17 @@
 """Build the feature tables of a snapshot.
 
-The values are Ibis expressions (`activity`, `profile`); here DuckDB runs them and they are written as Parquet: sorted
-by key and time, so that the same snapshot gives the same bytes.
+The values are Ibis expressions (`activity`, `profile`), which run on any engine that Ibis speaks to. Here DuckDB runs
+them, and writes Parquet sorted by key and time: the same snapshot gives the same bytes, however many threads there are.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
-import time
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
 import ibis
 import ibis.expr.types as ir
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evergreen.contracts.artifact import atomic_directory
@@ -33,30 +30,30 @@ from evergreen.features.activity import (
 from evergreen.features.profile import profile
 from evergreen.features.schema import ACTIVITY_PREFIXES, PROFILE_PREFIXES, feature_table_schemas, profile_sources
 
-_ROW_GROUP_ROWS = 100_000
+_ROW_GROUP_ROWS = 102_400  # a multiple of DuckDB's vectors, so that a group never ends in the middle of one
+
 _logger = logging.getLogger(__name__)
 
 
 def feature_table_expressions(events: ir.Table, mapping: Mapping, *, last_hour: int) -> dict[str, ir.Table]:
-    """Every feature table as an expression over the events of a snapshot, on any engine that Ibis speaks to.
+    """Every feature table as an expression over the events of a snapshot.
 
     Args:
-        events: the snapshot's rows (`event_schema`), with UTC timestamps in a session whose time zone is UTC.
+        events: the snapshot's rows (`event_schema`), on an engine whose session time zone is UTC.
         mapping: of the snapshot.
-        last_hour: the last full hour of the snapshot's as_of, in hours since 1970; no row is later.
+        last_hour: the last full hour not later than the snapshot's as_of, in hours since 1970; no activity is later.
 
     Returns:
-        By table name: unsorted rows with the columns of `feature_table_schema`.
+        By table name: rows in no particular order, with the columns of `feature_table_schema`.
     """
     schemas = feature_table_schemas(mapping)
     lag = full_hours(mapping.split.attribution_window)
-    labelled = with_labels(events, mapping.kind)
-    prior = global_prior(labelled, kind=mapping.kind, lag=lag, last_hour=last_hour)
+    kind = mapping.kind
+    labelled = with_labels(events, kind)
+    prior = global_prior(labelled, kind=kind, lag=lag, last_hour=last_hour)
     expressions: dict[str, ir.Table] = {}
     for name, prefix in ACTIVITY_PREFIXES.items():
-        values = activity(
-            labelled, prior, JOIN_KEYS[name], prefix, kind=mapping.kind, lag=lag, last_hour=last_hour
-        )
+        values = activity(labelled, prior, JOIN_KEYS[name], prefix, kind=kind, lag=lag, last_hour=last_hour)
         if name == "user_activity":
             values = with_history(values, history_pages(labelled))
         expressions[name] = values.mutate(event_timestamp=(values["T"] * 3600).as_timestamp("s"))
@@ -67,22 +64,47 @@ def feature_table_expressions(events: ir.Table, mapping: Mapping, *, last_hour: 
 
 
 def build_feature_tables(
-    snapshot: Snapshot, out: Path, *, threads: int | None = None, memory_limit: str = "4GB"
+    snapshot: Snapshot, out: Path, *, memory_limit: str = "4GB", threads: int | None = None
 ) -> FeatureTables:
-    con = ibis.duckdb.connect(memory_limit=memory_limit, threads=threads or int(__import__('os').environ.get('TH','2')))
-    with atomic_directory(Path(out)) as d:
-        con.raw_sql(f"SET temp_directory='{d}/tmp'")
-        con.raw_sql("SET TimeZone='UTC'")
-        ev = con.read_parquet(snapshot.files, hive_partitioning=False)
-        rows = {}
-        schemas = feature_table_schemas(snapshot.mapping)
-        for name, e in feature_table_expressions(ev, snapshot.mapping, last_hour=last_full_hour(snapshot.as_of)).items():
-            t = time.perf_counter()
-            n = 0
-            e.order_by([*JOIN_KEYS[name], "event_timestamp"]).to_parquet(d / f"{name}.parquet", compression="zstd", row_group_size=_ROW_GROUP_ROWS)
-            n = pq.read_metadata(d / f"{name}.parquet").num_rows
-            rows[name] = n
-            print(name, n, time.perf_counter() - t, (d / f"{name}.parquet").stat().st_size / 1e6)
-        FeatureTablesManifest(snapshot_id=snapshot.id, mapping=snapshot.mapping, as_of=snapshot.as_of, first_event=snapshot.manifest.first_event, rows=rows).write(d / "manifest.json")
-        shutil.rmtree(d / "tmp", ignore_errors=True)
+    """Build the feature tables of a snapshot.
+
+    A log without user ids, item ids or categories gives tables without rows where they would be the key.
+
+    Args:
+        snapshot: what to read.
+        out: directory to write; replaced when it exists, and whole or absent at any time.
+        memory_limit: how much DuckDB may hold before it spills to a scratch directory beside `out`.
+        threads: of DuckDB. Default: one a core. The result does not depend on it.
+
+    Returns:
+        The tables, opened.
+    """
+    options = {"memory_limit": memory_limit} | ({} if threads is None else {"threads": threads})
+    manifest = snapshot.manifest
+    rows: dict[str, int] = {}
+    with (
+        atomic_directory(Path(out)) as scratch,
+        tempfile.TemporaryDirectory(prefix="duckdb-", dir=scratch) as spill,
+    ):
+        connection = ibis.duckdb.connect(temp_directory=spill, **options)
+        try:
+            connection.raw_sql("SET TimeZone = 'UTC'")
+            events = connection.read_parquet(snapshot.files, hive_partitioning=False)
+            last_hour = last_full_hour(manifest.as_of)
+            for name, table in feature_table_expressions(events, manifest.mapping, last_hour=last_hour).items():
+                file = scratch / f"{name}.parquet"
+                table.order_by([*JOIN_KEYS[name], "event_timestamp"]).to_parquet(
+                    file, compression="zstd", row_group_size=_ROW_GROUP_ROWS
+                )
+                rows[name] = pq.read_metadata(file).num_rows
+                _logger.info("%s: %d rows from %d events", name, rows[name], manifest.rows)
+        finally:
+            connection.disconnect()
+        FeatureTablesManifest(
+            snapshot_id=snapshot.id,
+            mapping=manifest.mapping,
+            as_of=manifest.as_of,
+            first_event=manifest.first_event,
+            rows=rows,
+        ).write(scratch / FeatureTables.MANIFEST)
     return FeatureTables.load(out)

@@ -63,7 +63,7 @@ def cut_records(data: bytes, syntax: Syntax, *, first_line: int, at_end: bool) -
     """Cut text into records.
 
     Args:
-        data: text whose last byte is a newline, starting at a record.
+        data: text that is empty or whose last byte is a newline, starting at a record.
         syntax: delimiter, quote and number of fields.
         first_line: number of the first physical line.
         at_end: no more text follows; what is open now stays open.
@@ -99,15 +99,15 @@ def _lines_with_loose_quotes(
     quote = syntax.quote[0]
     places = np.flatnonzero(content == quote)
     line_of = np.searchsorted(ends, places, side="right")
+    if len(syntax.delimiter) > 1:  # what is before a quote does not tell whether a delimiter ends there: ':::"'
+        return np.unique(line_of)
     first_of_line = np.flatnonzero(np.diff(line_of, prepend=-1))
     nth = np.arange(len(places)) - np.repeat(first_of_line, np.diff(np.append(first_of_line, len(places))))
-    # An index that leaves the text on either side meets its last byte, a newline, which is what stands there.
-    opens_well = np.isin(content[places - 1], (_NEWLINE, quote))
-    closes_well = np.isin(content[places + 1], (_NEWLINE, _RETURN, quote))
-    delimiter = np.frombuffer(syntax.delimiter, np.uint8)
-    offsets = np.arange(len(delimiter))
-    opens_well |= (content[places[:, None] - len(delimiter) + offsets] == delimiter).all(axis=1)
-    closes_well |= (content[np.minimum(places[:, None] + 1 + offsets, len(content) - 1)] == delimiter).all(axis=1)
+    delimiter = syntax.delimiter[0]
+    before = content[places - 1]  # of the first byte this is the last, a newline, which is right
+    after = content[places + 1]  # the last byte is a newline, no quote
+    opens_well = (before == delimiter) | (before == _NEWLINE) | (before == quote)
+    closes_well = (after == delimiter) | (after == _NEWLINE) | (after == _RETURN) | (after == quote)
     in_place = np.where(nth % 2 == 0, opens_well, closes_well)
     quotes_in_line = np.bincount(line_of, minlength=len(ends))
     misplaced = np.bincount(line_of[~in_place], minlength=len(ends))

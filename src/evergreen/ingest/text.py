@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from evergreen.contracts.errors import InputError
 from evergreen.contracts.mapping import Source
 from evergreen.ingest.blocks import Block, Reject
-from evergreen.ingest.records import Records, Syntax, cut_records
+from evergreen.ingest.records import MAX_RECORD_BYTES, Records, Syntax, cut_records
 
 BLOCK_BYTES = 16 << 20
 """Bytes of text that are read at a time."""
@@ -41,8 +41,7 @@ def read_header(stream: BinaryIO, name: str, source: Source) -> tuple[str, ...]:
     Raises:
         InputError: the file is not text, its header cannot be read, or does not have as many names as the mapping.
     """
-    pieces = _pieces(stream, name, source)
-    first = next(pieces, b"")
+    first = next(_pieces(stream, name, source, MAX_RECORD_BYTES), b"")
     if b"\0" in first[:4096]:
         raise InputError(
             f"{name}: not text: there are NUL bytes at its start. An archive or a database file? "
@@ -52,7 +51,9 @@ def read_header(stream: BinaryIO, name: str, source: Source) -> tuple[str, ...]:
     if not source.header:
         return source.columns
     syntax = _syntax(source, name, num_fields=0)
-    records = cut_records(first, syntax, first_line=1, at_end=True)
+    records = cut_records(first[: first.rfind(b"\n") + 1], syntax, first_line=1, at_end=True)
+    if len(records) == 0 and first.strip():
+        raise InputError(f"{name}: no line ends within the first {MAX_RECORD_BYTES >> 20} MiB: is this delimited text?")
     if len(records) == 0:
         raise InputError(f"{name}: no header: the file has only blank lines")
     if reason := records.broken.get(0):
@@ -79,14 +80,14 @@ def read_text(
         columns: those to read.
 
     Yields:
-        Blocks with `columns` as strings; absent values are empty strings. Rows that are no rows (wrong number of fields, an
+        Blocks with `columns` as strings without spaces or tabs around them; absent values are empty strings. Rows that are no rows (wrong number of fields, an
         unterminated quote, bytes that are not text) are among the blocks' rejects, with reason and line.
     """
     syntax = _syntax(source, name, len(names))
     parse = _parser(syntax, names, columns)
     ordinal = 0
     skip_header = source.header
-    for records in _records(_pieces(stream, name, source), name, syntax):
+    for records in _records(_pieces(stream, name, source, BLOCK_BYTES), name, syntax):
         first_record = 1 if skip_header and len(records) else 0
         skip_header = skip_header and first_record == 0
         block = _block(records, first_record, ordinal, parse)
@@ -105,9 +106,9 @@ def _syntax(source: Source, name: str, num_fields: int) -> Syntax:
     return Syntax(delimiter_of(source, name).encode(), source.quote.encode(), num_fields, source.encoding)
 
 
-def _pieces(stream: BinaryIO, name: str, source: Source) -> Iterator[bytes]:
-    """The file as UTF-8, in pieces of about BLOCK_BYTES, without byte order mark; every newline is or ends with \\n."""
-    chunk = stream.read(BLOCK_BYTES)
+def _pieces(stream: BinaryIO, name: str, source: Source, size: int) -> Iterator[bytes]:
+    """The file as UTF-8, in pieces of about `size` bytes, without byte order mark; every newline is or ends with \\n."""
+    chunk = stream.read(size)
     is_utf8 = codecs.lookup(source.encoding).name == "utf-8"
     if is_utf8 and chunk.startswith(_UTF16_BOMS):
         raise InputError(f"{name}: the file is UTF-16: set source.encoding = 'utf-16'")
@@ -115,7 +116,7 @@ def _pieces(stream: BinaryIO, name: str, source: Source) -> Iterator[bytes]:
     decoder = None if is_utf8 else codecs.getincrementaldecoder(source.encoding)(errors="surrogateescape")
     first, old_macintosh = True, False
     while chunk:
-        following = stream.read(BLOCK_BYTES)
+        following = stream.read(size)
         piece = chunk
         if decoder is not None:
             try:
@@ -157,6 +158,12 @@ Parser = Callable[[bytes, int], tuple[pa.Table, NDArray[np.int64]]]
 def _parser(syntax: Syntax, names: Sequence[str], columns: Sequence[str]) -> Parser:
     """A function of (text, number of records) to (columns of the good records, the indices of the bad ones)."""
     positions = [f"f{names.index(column)}" for column in columns]
+    # Trimming costs as much as parsing, so it is only done in pieces where there is something to trim: a space or tab
+    # next to what a value can begin or end at.
+    spaces = [space for space in (b" ", b"\t") if space not in syntax.delimiter]
+    borders = [syntax.delimiter, b"\n", b"\r", *([syntax.quote] if syntax.quote else [])]
+    paddings = [pad for border in borders for space in spaces for pad in (border + space, space + border)]
+    trim = partial(pc.utf8_trim, characters=b"".join(spaces).decode())
     convert = pa_csv.ConvertOptions(
         include_columns=positions,
         column_types=dict.fromkeys(positions, pa.string()),
@@ -165,6 +172,9 @@ def _parser(syntax: Syntax, names: Sequence[str], columns: Sequence[str]) -> Par
     )
 
     def parse(data: bytes, num_records: int) -> tuple[pa.Table, NDArray[np.int64]]:
+        if num_records == 0:
+            return pa.table({column: pa.array([], pa.string()) for column in columns}), np.empty(0, np.int64)
+        padded = data.startswith(tuple(spaces)) or any(padding in data for padding in paddings)
         delimiter = syntax.delimiter
         if len(delimiter) > 1:
             delimiter = next(c for c in _CONTROL_BYTES if c not in data)
@@ -196,6 +206,8 @@ def _parser(syntax: Syntax, names: Sequence[str], columns: Sequence[str]) -> Par
         if len(syntax.delimiter) > 1 and syntax.quote and syntax.quote in data:
             restore = partial(pc.replace_substring, pattern=delimiter.decode(), replacement=syntax.delimiter.decode())
             table = pa.table([restore(column) for column in table.columns], names=list(columns))
+        if padded:
+            table = pa.table([trim(column) for column in table.columns], names=list(columns))
         return table, np.asarray(bad, np.int64)
 
     return parse
@@ -205,7 +217,7 @@ def _block(records: Records, first_record: int, ordinal: int, parse: Parser) -> 
     """Parse the records that can be read, and account for the others."""
     index = np.arange(first_record, len(records))
     broken = {record: reason for record, reason in records.broken.items() if record >= first_record}
-    readable = np.setdiff1d(index, np.fromiter(broken, np.int64, len(broken)), assume_unique=True)
+    readable = np.delete(index, np.fromiter(broken, np.int64, len(broken)) - first_record)
     table, bad = parse(_joined(records, readable), len(readable))
     broken |= dict.fromkeys(readable[bad].tolist(), WRONG_NUMBER_OF_FIELDS)
     good = np.delete(readable, bad)

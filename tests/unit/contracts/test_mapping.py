@@ -35,6 +35,13 @@ def test_shorthand_and_full_features_are_read() -> None:
     assert list(mapping.all_features) == ["price", "tags", "device"]
 
 
+def test_the_order_of_features_does_not_depend_on_the_text() -> None:
+    swapped = GOOD.replace('price = "numeric"\n', "").replace(
+        "[context_features]", 'price = "numeric"\n[context_features]'
+    )
+    assert list(Mapping.load(swapped).all_features) == list(Mapping.load(GOOD).all_features)
+
+
 def test_digest_is_of_the_meaning_not_of_the_text() -> None:
     other = GOOD.replace('price = "numeric"', '# euros\nprice = { type = "numeric", column = "price" }')
     assert Mapping.load(GOOD).digest == Mapping.load(other).digest

@@ -1,0 +1,194 @@
+"""Whole-catalogue ranking: for each query, all candidates are scored and the relevant ones looked for at the top."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from evergreen.contracts.errors import ArtifactError
+from evergreen.contracts.evaluation import BASE_RATE
+from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.mapping import Mapping as LogMapping
+from evergreen.contracts.mapping import Role
+from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
+from evergreen.evaluation.config import EvaluationConfig, Scorer
+from evergreen.evaluation.queries import Catalogue, Queries, Query
+from evergreen.features.point_in_time import join_features
+from evergreen.metrics.ranking import ndcg_of_ranks, recall_of_ranks, relevant_ranks
+from evergreen.metrics.statistic import FloatArray, IntArray
+
+logger = logging.getLogger(__name__)
+
+NEW_ITEMS = "new items"
+KNOWN_ITEMS = "known items"
+
+
+@dataclass(frozen=True)
+class ItemSlice:
+    """The queries that have a relevant item in a group of items, ranked for those items alone."""
+
+    queries: IntArray
+    """Indices into the queries."""
+    num_relevant: int
+    values: Mapping[str, FloatArray]
+    """By model, the primary metric of each of these queries. Relevant items of the other group are taken off the
+    list first: they are not wrong to show, so they may not push a relevant item down."""
+
+
+@dataclass(frozen=True)
+class RankedQueries:
+    """Metrics of every query and model."""
+
+    metrics: Mapping[str, Mapping[str, FloatArray]]
+    """By model and metric ("ndcg_at_10"), (num_queries,)."""
+    num_candidates: IntArray
+    item_slices: Mapping[str, ItemSlice]
+    latency_rows: pa.Table
+    """Candidates of the first queries with all features, to measure latency on."""
+
+
+@dataclass
+class _ItemSliceBuilder:
+    queries: list[int]
+    num_relevant: int
+    values: dict[str, list[float]]
+
+
+def rank_queries(
+    queries: Queries,
+    tables: FeatureTables,
+    packages: Sequence[Scorer],
+    *,
+    mapping: LogMapping,
+    known_items: Collection[str],
+    config: EvaluationConfig,
+) -> RankedQueries:
+    """Rank every query's candidates with every model; features are joined once for all models.
+
+    The base rate takes part as a constant score, which is worth a random order.
+
+    Args:
+        queries: what to rank.
+        tables: feature tables, joined as of each query's time.
+        packages: the models.
+        mapping: names and types of the context features.
+        known_items: items with an event in the train split; the others are new to the models.
+        config: cutoffs and rows a chunk.
+
+    Raises:
+        ArtifactError: there is no query, or a model gives a score that is not finite.
+    """
+    if not queries.queries:
+        raise ArtifactError(
+            f"no query of the test period can be ranked: of {queries.found} found, {queries.without_new_items} have "
+            f"no item that is new to their user and {queries.unreachable} none that was in the catalogue: use a "
+            f"longer log or a larger split.test_fraction, or set recommend_seen_items = true in the mapping"
+        )
+    catalogue = Catalogue(tables)
+    names = [BASE_RATE, *(package.info.name for package in packages)]
+    metrics: dict[str, dict[str, FloatArray]] = {
+        name: {f"{m}_at_{k}": np.empty(len(queries.queries)) for k in config.cutoffs for m in ("ndcg", "recall")}
+        for name in names
+    }
+    num_candidates: IntArray = np.zeros(len(queries.queries), dtype=np.int64)
+    slices = {name: _ItemSliceBuilder([], 0, {n: [] for n in names}) for name in (NEW_ITEMS, KNOWN_ITEMS)}
+    known = pa.array(sorted(known_items), pa.string())
+    latency_rows: pa.Table | None = None
+    for first, candidates in _chunks(queries.queries, catalogue, config.chunk_rows):
+        spine = _spine(queries.queries[first : first + len(candidates)], candidates, mapping)
+        rows = join_features(spine, tables)
+        if latency_rows is None:
+            latency_rows = rows.slice(0, config.latency_rows)
+        scores = {BASE_RATE: np.zeros(rows.num_rows)}
+        for package in packages:
+            scores[package.info.name] = np.asarray(package.scores(rows), dtype=np.float64)
+            if not np.isfinite(scores[package.info.name]).all():
+                raise ArtifactError(f"{package.info.name}: a score is not finite: train it again")
+        start = 0
+        for i, table in enumerate(candidates, start=first):
+            end = start + table.num_rows
+            num_candidates[i] = table.num_rows
+            relevant = _is_in(table["item_id"], queries.queries[i].relevant)
+            is_known = pc.is_in(table["item_id"], value_set=known).to_numpy(zero_copy_only=False)
+            for name in names:
+                higher, tied = relevant_ranks(scores[name][start:end], relevant)
+                for k in config.cutoffs:
+                    metrics[name][f"ndcg_at_{k}"][i] = ndcg_of_ranks(higher, tied, k=k)
+                    metrics[name][f"recall_at_{k}"][i] = recall_of_ranks(higher, tied, k=k)
+            for slice_name, in_slice in ((KNOWN_ITEMS, is_known), (NEW_ITEMS, ~is_known)):
+                wanted = relevant & in_slice
+                if not wanted.any():
+                    continue
+                builder = slices[slice_name]
+                builder.queries.append(i)
+                builder.num_relevant += int(wanted.sum())
+                kept = wanted | ~relevant
+                for name in names:
+                    ranks = relevant_ranks(scores[name][start:end][kept], wanted[kept])
+                    builder.values[name].append(ndcg_of_ranks(*ranks, k=config.primary_cutoff))
+            start = end
+        logger.info("%d of %d queries ranked", first + len(candidates), len(queries.queries))
+    assert latency_rows is not None
+    return RankedQueries(
+        metrics=metrics,
+        num_candidates=num_candidates,
+        item_slices={name: _build(builder) for name, builder in slices.items()},
+        latency_rows=latency_rows,
+    )
+
+
+def _build(builder: _ItemSliceBuilder) -> ItemSlice:
+    return ItemSlice(
+        queries=np.array(builder.queries, dtype=np.int64),
+        num_relevant=builder.num_relevant,
+        values={name: np.array(values) for name, values in builder.values.items()},
+    )
+
+
+def _is_in(items: pa.ChunkedArray, chosen: Collection[str]) -> NDArray[np.bool_]:
+    mask: NDArray[np.bool_] = pc.is_in(items, value_set=pa.array(sorted(chosen), pa.string())).to_numpy(
+        zero_copy_only=False
+    )
+    return mask
+
+
+def candidates_of(query: Query, catalogue: Catalogue) -> pa.Table:
+    """Items that may be shown to a query's user at its time: (item_id, category), sorted by item_id."""
+    listed = catalogue.as_of(query.time)
+    return listed.filter(pa.array(~_is_in(listed["item_id"], query.seen))) if query.seen else listed
+
+
+def _chunks(queries: Sequence[Query], catalogue: Catalogue, chunk_rows: int) -> Iterator[tuple[int, list[pa.Table]]]:
+    """Runs of queries with at most about `chunk_rows` candidates: index of the first query, candidates of each."""
+    tables: list[pa.Table] = []
+    first, rows = 0, 0
+    for i, query in enumerate(queries):
+        candidates = candidates_of(query, catalogue)
+        if tables and rows + candidates.num_rows > chunk_rows:
+            yield first, tables
+            first, tables, rows = i, [], 0
+        tables.append(candidates)
+        rows += candidates.num_rows
+    if tables:
+        yield first, tables
+
+
+def _spine(queries: Sequence[Query], candidates: Sequence[pa.Table], mapping: LogMapping) -> pa.Table:
+    """A row for each query and candidate: what `join_features` needs, and the query's context features."""
+    repeats = pa.array(np.repeat(np.arange(len(queries)), [table.num_rows for table in candidates]))
+    of_query = {
+        "event_timestamp": pa.array([query.time for query in queries], TIMESTAMP_TYPE),
+        "user_id": pa.array([query.user_id for query in queries], pa.string()),
+    }
+    schema = event_schema(mapping)
+    for name in mapping.features(Role.CONTEXT):
+        of_query[name] = pa.array([query.context[name] for query in queries], schema.field(name).type)
+    items = pa.concat_tables(candidates)
+    columns = {name: column.take(repeats) for name, column in of_query.items()}
+    return pa.table({**columns, "item_id": items["item_id"], "category": items["category"]})

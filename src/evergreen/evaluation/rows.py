@@ -1,0 +1,145 @@
+"""The test rows: what was predicted for each, and the metrics of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from evergreen.contracts.errors import ArtifactError
+from evergreen.contracts.evaluation import BASE_RATE
+from evergreen.contracts.mapping import LogKind
+from evergreen.contracts.training_set import TrainingSet
+from evergreen.evaluation.config import EvaluationConfig, Scorer
+from evergreen.metrics.binary import Auc, CalibrationError, ClickRateRatio, LogLoss, NormalizedEntropy
+from evergreen.metrics.regression import MeanAbsoluteError, RootMeanSquaredError
+from evergreen.metrics.statistic import FloatArray, IntArray, Statistic
+
+logger = logging.getLogger(__name__)
+
+KEY_COLUMNS = ["event_timestamp", "request_id", "user_id", "item_id", "label"]
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """The rows of the test split without their features, and every model's prediction of them."""
+
+    __test__ = False  # the name is the field's; pytest should not collect it
+
+    keys: pa.Table
+    """KEY_COLUMNS, in time order."""
+    labels: FloatArray
+    predictions: Mapping[str, FloatArray]
+    """By model, the base rate among them: (num_rows,) probability or rating."""
+    sample: pa.Table
+    """Some rows with all their features, to measure latency on."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self.labels)
+
+
+def predict_test_rows(training_set: TrainingSet, packages: Sequence[Scorer], config: EvaluationConfig) -> TestRows:
+    """Let every model predict every test row, a chunk of rows at a time.
+
+    Raises:
+        ArtifactError: there are no test rows, or a model predicts something that is not finite.
+    """
+    keys = training_set.read("test", KEY_COLUMNS)
+    if keys.num_rows == 0:
+        raise ArtifactError(
+            f"{training_set.path}: the test split has no rows, so nothing can be evaluated: use a longer log, "
+            f"a larger split.test_fraction or a shorter split.attribution_window in the mapping"
+        )
+    chunks: dict[str, list[FloatArray]] = {package.info.name: [] for package in packages}
+    sample: pa.Table | None = None
+    done = 0
+    with pq.ParquetFile(training_set.file("test")) as file:
+        for batch in file.iter_batches(batch_size=config.chunk_rows):
+            table = pa.Table.from_batches([batch])
+            if sample is None:
+                sample = table.slice(0, config.latency_rows)
+            for package in packages:
+                chunks[package.info.name].append(np.asarray(package.predict(table), dtype=np.float64))
+            done += table.num_rows
+            logger.info("%d of %d test rows predicted", done, keys.num_rows)
+    assert sample is not None
+    base_rate = training_set.manifest.splits["train"].label_mean
+    predictions = {BASE_RATE: np.full(keys.num_rows, base_rate)}
+    for name, parts in chunks.items():
+        predictions[name] = np.concatenate(parts)
+        if bad := int((~np.isfinite(predictions[name])).sum()):
+            raise ArtifactError(f"{name}: {bad} of {keys.num_rows} predictions are not finite: train it again")
+    labels = keys["label"].to_numpy().astype(np.float64)
+    return TestRows(keys=keys, labels=labels, predictions=predictions, sample=sample)
+
+
+def row_statistics(
+    kind: LogKind, labels: FloatArray, predictions: FloatArray, *, calibration_bins: int
+) -> dict[str, Statistic]:
+    """The metrics of one model's predictions that a kind of log has."""
+    if kind is LogKind.RATINGS:
+        return {"rmse": RootMeanSquaredError(labels, predictions), "mae": MeanAbsoluteError(labels, predictions)}
+    return {
+        "auc": Auc(labels, predictions),
+        "log_loss": LogLoss(labels, predictions),
+        "normalized_entropy": NormalizedEntropy(labels, predictions),
+        "expected_calibration_error": CalibrationError(labels, predictions, num_bins=calibration_bins),
+        "click_rate_ratio": ClickRateRatio(labels, predictions),
+    }
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which rows belong together when the bootstrap draws."""
+
+    codes: IntArray
+    unit: str
+    """"users", "requests" or "rows"."""
+
+
+def row_clusters(keys: pa.Table) -> Clusters:
+    """Users; requests when no row has a user; rows when none has a request either.
+
+    A row that lacks the key which others have is a cluster of its own.
+    """
+    for column, unit in (("user_id", "users"), ("request_id", "requests")):
+        if keys[column].null_count < keys.num_rows:
+            return Clusters(_codes(keys[column]), unit)
+    return Clusters(np.arange(keys.num_rows), "rows")
+
+
+def _codes(column: pa.ChunkedArray) -> IntArray:
+    encoded = column.combine_chunks().dictionary_encode()
+    num_known = len(encoded.dictionary)
+    codes: IntArray = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    missing = codes < 0
+    codes[missing] = num_known + np.arange(int(missing.sum()))
+    return codes
+
+
+PERIODS = ("day", "week", "month")
+
+
+def row_periods(timestamps: pa.ChunkedArray, *, unit: str, max_periods: int) -> list[str]:
+    """The UTC day of each row as 2016-03-14, or the first day of its week (from Monday), or its month as 2016-03.
+
+    Periods before the last `max_periods` are all "until <period>".
+    """
+    starts = pc.floor_temporal(timestamps, unit=unit).combine_chunks().dictionary_encode()
+    names = [_date(moment)[: 7 if unit == "month" else None] for moment in starts.dictionary.to_pylist()]
+    kept = sorted(set(names))[-max_periods:]
+    older = sorted(set(names) - set(kept))
+    labels = [name if name in kept else f"until {older[-1]}" for name in names]
+    return [labels[i] for i in starts.indices.to_pylist()]
+
+
+def _date(moment: datetime) -> str:
+    return moment.astimezone(UTC).date().isoformat()

@@ -1,0 +1,282 @@
+"""The Feast feature store of one log: a folder with definitions, tables, registry and online store.
+
+    feature_store/
+      feature_store.yaml, .feastignore, entities.py, sources.py, views.py, on_demand.py, services.py: from feature_repo/
+      data/          the feature tables (manifest.json and Parquet), registry.db, online.db
+      items.parquet  the catalogue as of the last materialization
+
+All paths in it are relative: the folder can be moved or shipped. `feast -c <folder> apply` works in it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import feast
+import pyarrow as pa
+import pyarrow.parquet as pq
+from feast.data_source import DataSource
+from feast.errors import FeastObjectNotFoundException
+
+from evergreen.contracts.artifact import atomic_directory
+from evergreen.contracts.errors import ArtifactError, RequestError
+from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
+from evergreen.features.point_in_time import EVENT_TIMESTAMP, check_spine, items_as_of
+from evergreen.features.request import REQUEST_SCHEMA, REQUEST_TIMESTAMP
+
+CONFIG = "feature_store.yaml"
+ITEMS = "items.parquet"
+
+_DEFINITIONS = ("entities", "sources", "views", "on_demand", "services")
+_FEAST_OBJECTS = (DataSource, feast.Entity, feast.FeatureView, feast.OnDemandFeatureView, feast.FeatureService)
+_ONLINE_ROWS = 1000  # a SQLite statement binds one variable for each key
+_NO_KEY = "\x00"  # stands for a null key in a look-up: no id of a log holds a zero byte
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureStore:
+    """One log's features: historical for training, online for serving."""
+
+    def __init__(self, path: Path, tables: FeatureTables, store: feast.FeatureStore) -> None:
+        self.path = path
+        self.tables = tables
+        self._store = store
+        self._schemas = {name: pq.read_schema(tables.table(name)) for name in JOIN_KEYS}
+
+    @classmethod
+    def create(cls, path: Path, tables: FeatureTables) -> FeatureStore:
+        """Lay out a Feast repository around a copy of the tables, and apply it.
+
+        Args:
+            path: the folder; whatever was there is replaced. Written whole or not at all.
+            tables: the feature tables.
+        """
+        path = Path(path).resolve()
+        started = time.perf_counter()
+        with atomic_directory(path) as scratch:
+            for file in _definition_files():
+                (scratch / file.name).write_bytes(file.read_bytes())
+            shutil.copytree(tables.path, scratch / "data")
+            with warnings.catch_warnings():
+                # Feast warns that on-demand views are slow offline: it hands them every column. Our store does not.
+                warnings.filterwarnings(
+                    "ignore", message="On demand feature view is an experimental", category=RuntimeWarning
+                )
+                feast.FeatureStore(repo_path=str(scratch)).apply(_definitions(scratch))
+        logger.info("feature store applied in %.1f s: %s", time.perf_counter() - started, path)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> FeatureStore:
+        """Open a feature store.
+
+        Raises:
+            ArtifactError: there is none in this folder, or its tables are not whole.
+        """
+        path = Path(path).resolve()
+        if not (path / CONFIG).is_file():
+            raise ArtifactError(f"{path}: no {CONFIG} in it, so it is no feature store: create it from feature tables")
+        return cls(path, FeatureTables.load(path / "data"), feast.FeatureStore(repo_path=str(path)))
+
+    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
+        """Features as known at each row's time, by Feast's `get_historical_features`.
+
+        Args:
+            spine: rows with event_timestamp, user_id, item_id and category; keys may be null. Anything else is kept.
+            service: name of a feature service.
+
+        Returns:
+            The spine's rows in the spine's order, with the service's columns appended in the service's order. Equal
+            to `point_in_time.join_features` for `ranker_v1`.
+
+        Raises:
+            ArtifactError: no such service, or the spine lacks a key column or already has a column of the service.
+        """
+        projections = self._projections(service)
+        schema = self._schema(projections)
+        check_spine(spine, {key for view in projections for key in JOIN_KEYS.get(view, ())})
+        if taken := [name for name in schema.names if name in spine.column_names]:
+            raise ArtifactError(f"the spine already has {taken[0]!r}, a column of {service}: rename or drop it")
+        started = time.perf_counter()
+        keys = [name for name in ("user_id", "item_id", "category") if name in spine.column_names]
+        entities = spine.select([EVENT_TIMESTAMP, *keys])
+        entities = entities.append_column(REQUEST_TIMESTAMP, entities[EVENT_TIMESTAMP])
+        job = self._store.get_historical_features(entities.to_pandas(), self._service(service))
+        features = job.to_arrow().select(schema.names).cast(schema)
+        for name in features.column_names:
+            spine = spine.append_column(name, features[name])
+        logger.info("joined %s to %d rows in %.1f s", service, spine.num_rows, time.perf_counter() - started)
+        return spine
+
+    def materialize(self, as_of: datetime) -> None:
+        """Bring the online store and items.parquet to what was known at `as_of` (rows up to and including it).
+
+        Raises:
+            ArtifactError: the store is already ahead of `as_of`: it would keep rows from after it.
+        """
+        for view in self._store.list_feature_views():
+            if view.most_recent_end_time and view.most_recent_end_time > as_of:
+                raise ArtifactError(
+                    f"{self.path}: {view.name} is materialized as of {view.most_recent_end_time}, later than {as_of}: "
+                    "create the store anew to go back"
+                )
+        started = time.perf_counter()
+        progress = io.StringIO()
+        # Not materialize_incremental: it begins at the wall clock, and never sees rows that arrive late.
+        # Profiles of the first event are stamped after it, so the first event bounds all rows from below.
+        start = min(self.tables.manifest.first_event, as_of)
+        with contextlib.redirect_stdout(progress):
+            self._store.materialize(start, as_of)
+        for line in progress.getvalue().splitlines():
+            logger.debug("feast: %s", line)
+        items = items_as_of(self.tables, as_of)
+        partial = self.path / f".{ITEMS}.partial"
+        pq.write_table(items, partial, compression="zstd")
+        partial.replace(self.path / ITEMS)
+        logger.info("materialized as of %s: %d items, %.1f s", as_of, items.num_rows, time.perf_counter() - started)
+
+    def items(self) -> pa.Table:
+        """The catalogue as of the last materialization: (item_id, category, item_first_seen), sorted by item_id.
+
+        Raises:
+            ArtifactError: nothing was materialized yet.
+        """
+        if not (self.path / ITEMS).is_file():
+            raise ArtifactError(f"{self.path}: no {ITEMS}: materialize the store first")
+        return pq.read_table(self.path / ITEMS)
+
+    def categories(self) -> list[str]:
+        """Categories of the catalogue as of the last materialization, sorted.
+
+        Raises:
+            ArtifactError: nothing was materialized yet.
+        """
+        return sorted(self.items()["category"].drop_null().unique().to_pylist())
+
+    def online(self, service: str, entities: pa.Table) -> pa.Table:
+        """Features as last materialized, by Feast's `get_online_features`.
+
+        Args:
+            service: name of a feature service.
+            entities: any of user_id, item_id, category, and request_timestamp. They decide what is looked up: a view
+                is read when all its keys are here, and `request_context` is computed when its views and
+                request_timestamp are.
+
+        Returns:
+            (num_rows) the entities' columns, then the features of those views in the service's order; null where a
+            key is null or unknown.
+
+        Raises:
+            ArtifactError: no such service.
+            RequestError: the entities have the keys of none of the service's views.
+        """
+        projections = {
+            view: names for view, names in self._projections(service).items() if self._answerable(view, entities)
+        }
+        if not projections:
+            raise RequestError(
+                f"{service} has no feature for the keys {entities.column_names}: give user_id or item_id"
+            )
+        schema = self._schema(projections)
+        references = [f"{view}:{name}" for view, names in projections.items() for name in names]
+        needed = {key for view in projections for key in JOIN_KEYS.get(view, (REQUEST_TIMESTAMP,))}
+        keys = entities.select([name for name in entities.column_names if name in needed])
+        parts = [
+            self._look_up(keys.slice(offset, _ONLINE_ROWS), references, schema)
+            for offset in range(0, keys.num_rows, _ONLINE_ROWS)
+        ]
+        features = pa.concat_tables(parts) if parts else schema.empty_table()
+        for name in features.column_names:
+            entities = entities.append_column(name, features[name])
+        return entities
+
+    def _look_up(self, keys: pa.Table, references: list[str], schema: pa.Schema) -> pa.Table:
+        rows = {
+            name: keys[name].to_pylist()
+            if pa.types.is_timestamp(keys[name].type)
+            else keys[name].cast(pa.string()).fill_null(_NO_KEY).to_pylist()
+            for name in keys.column_names
+        }
+        answer = self._store.get_online_features(references, rows).to_dict()
+        return pa.table([pa.array(answer[field.name], field.type) for field in schema], schema=schema)
+
+    def _service(self, name: str) -> feast.FeatureService:
+        try:
+            return self._store.get_feature_service(name, allow_cache=True)
+        except FeastObjectNotFoundException as error:
+            known = ", ".join(sorted(service.name for service in self._store.list_feature_services()))
+            raise ArtifactError(f"{self.path}: no feature service {name!r}, only {known}") from error
+
+    def _projections(self, service: str) -> dict[str, list[str]]:
+        """Views of a service, and the features that it takes of each."""
+        projections = self._service(service).feature_view_projections
+        return {view.name: [feature.name for feature in view.features] for view in projections}
+
+    def _answerable(self, view: str, entities: pa.Table) -> bool:
+        keys = JOIN_KEYS.get(view, ("user_id", "item_id", REQUEST_TIMESTAMP))
+        return all(key in entities.column_names for key in keys)
+
+    def _schema(self, projections: dict[str, list[str]]) -> pa.Schema:
+        """Arrow types of the features, as in their tables."""
+        fields = []
+        for view, names in projections.items():
+            types = self._schemas.get(view, REQUEST_SCHEMA)
+            fields += [types.field(name) for name in names]
+        return pa.schema(fields)
+
+
+def _definition_files() -> list[Traversable]:
+    """The files of the package `feature_repo`."""
+    try:
+        package: Traversable = resources.files("feature_repo")
+    except ModuleNotFoundError:
+        # An editable install may expose src/ alone; then the definitions are beside it.
+        package = Path(__file__).parents[3] / "feature_repo"
+    wanted = [CONFIG, ".feastignore", *(f"{name}.py" for name in _DEFINITIONS)]
+    files = [package / name for name in wanted]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ArtifactError(f"{package}: {missing[0]} of the feature repository is missing: install evergreen again")
+    return files
+
+
+def _definitions(path: Path) -> list[object]:
+    """Every Feast object that the definition files of a laid out repository declare.
+
+    Feast's own loader changes the working directory and leaves modules called `views` and `sources` behind; two
+    repositories in one process would then share them. Here the modules are fresh each time and forgotten after.
+    """
+    with _importing_from(path):
+        modules = [importlib.import_module(name) for name in _DEFINITIONS]
+    found = {
+        id(value): value for module in modules for value in vars(module).values() if isinstance(value, _FEAST_OBJECTS)
+    }
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _importing_from(path: Path) -> Iterator[None]:
+    hidden = {name: sys.modules.pop(name) for name in _DEFINITIONS if name in sys.modules}
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.path.insert(0, str(path))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path))
+        sys.dont_write_bytecode = write_bytecode
+        for name in _DEFINITIONS:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)

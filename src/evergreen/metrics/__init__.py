@@ -1,0 +1,1 @@
+"""Metrics with confidence intervals: numpy only, pure functions, no clock and no file."""

@@ -1,0 +1,72 @@
+"""What every ranking model has in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evergreen.contracts.artifact import JsonModel
+from evergreen.models.inputs import EncodedRows, InputSpec
+
+
+class ModelConfig(JsonModel):
+    """Hyper-parameters of a model. Each model has its own subclass."""
+
+
+class RankingModel(nn.Module):
+    """Scores rows: bias + scale * response(row).
+
+    Subclasses write `response`. The score is a logit for clicks and interactions and a rating for ratings; `scale` is 1
+    for logits and the standard deviation of the training labels for ratings, so that a network works in units of about
+    one whatever the range of the ratings.
+    """
+
+    Config: ClassVar[type[ModelConfig]] = ModelConfig
+
+    bias: nn.Parameter
+    scale: Tensor
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def set_output(self, *, bias: float, scale: float) -> None:
+        """Start from the base rate's logit or the mean rating, so that the first steps do not go into learning it."""
+        with torch.no_grad():
+            self.bias.fill_(bias)
+            self.scale.fill_(scale)
+
+    def forward(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
+        """(N,) scores of (N, C) categorical, (N, M) numeric and (N, L) bags; see `ModelInputs`."""
+        return self.bias + self.scale * self.response(categorical, numeric, bags)
+
+    def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
+        """(N,) what the row adds to the bias."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """A model that is computed rather than trained by gradient steps."""
+
+    def fit(
+        self,
+        train: EncodedRows,
+        train_labels: NDArray[np.float32],
+        validation: EncodedRows,
+        validation_labels: NDArray[np.float32],
+        *,
+        is_rating: bool,
+    ) -> dict[str, float]:
+        """Set the weights.
+
+        Returns:
+            What was tried and its validation loss.
+        """
+        ...

@@ -1,0 +1,149 @@
+"""What flows into a model: the shape of its inputs, encoded rows as they lie in memory, and one batch of tensors.
+
+Shapes: N rows, C categorical fields, M numeric columns, L positions of all bags together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evergreen.contracts.artifact import JsonModel
+from evergreen.contracts.training_set import ColumnKind
+
+PAD = 0
+"""Row of the shared table that stands for no value; it is never trained."""
+
+
+class CategoricalInput(JsonModel):
+    """A field: the rows [start, start + num_rows) of the shared table. The first is missing, the second unseen."""
+
+    name: str
+    start: int
+    num_rows: int
+
+    @property
+    def unseen(self) -> int:
+        """Table row that unseen values use."""
+        return self.start + 1
+
+
+class NumericInput(JsonModel):
+    """A numeric column, standardised. A missing value is 0, which is the mean."""
+
+    name: str
+    missing: int | None
+    """Place of the column that says 1 where this one is missing; None where training rows never were."""
+    zero: float
+    """What a raw 0 looks like after encoding."""
+    boundaries: tuple[float, ...]
+    """Inner quantiles of the training rows after encoding, ascending and distinct."""
+
+
+class BagInput(JsonModel):
+    """Several values of one field, padded with PAD to `width`."""
+
+    name: str
+    kind: ColumnKind
+    width: int
+
+
+class InputSpec(JsonModel):
+    """The inputs of a model; all fields share one table of `num_embeddings` rows, row 0 is padding."""
+
+    categorical: tuple[CategoricalInput, ...]
+    numeric: tuple[NumericInput, ...]
+    num_indicators: int
+    """Columns that follow the numeric ones and say where those are missing."""
+    bags: tuple[BagInput, ...]
+    num_embeddings: int
+    untrained_rows: tuple[int, ...]
+    """Rows that may see few training rows or none (padding, missing, unseen); they start at zero."""
+
+    @property
+    def numeric_width(self) -> int:
+        """Columns of the numeric input, indicators included."""
+        return len(self.numeric) + self.num_indicators
+
+    @property
+    def bag_width(self) -> int:
+        """Positions of all bags together."""
+        return sum(bag.width for bag in self.bags)
+
+
+class ModelInputs(NamedTuple):
+    """One batch of tensors, the arguments of a model's forward."""
+
+    categorical: Tensor
+    """(N, C) int64 rows of the shared table."""
+    numeric: Tensor
+    """(N, M) float32."""
+    bags: Tensor
+    """(N, L) int64 rows of the shared table, one bag after the other, PAD where a bag is shorter than its width."""
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Ragged rows: the values of row i are values[offsets[i]:offsets[i + 1]]. Memory follows the values, not the width."""
+
+    values: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.int64]) -> Bag:
+        """The chosen rows, in the order chosen."""
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        place = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return Bag(self.values[place], offsets)
+
+    def padded(self, rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+        """The chosen rows as (len(rows), width) table rows, padded with PAD."""
+        if len(self.values) == 0:
+            return np.full((len(rows), width), PAD, dtype=np.int64)
+        start = self.offsets[rows]
+        length = self.offsets[rows + 1] - start
+        position = np.arange(width)
+        place = np.minimum(start[:, None] + position, len(self.values) - 1)
+        return np.where(position < length[:, None], self.values[place], PAD).astype(np.int64)
+
+
+RowSelection: TypeAlias = slice | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Encoded rows in memory: 4 bytes a value."""
+
+    spec: InputSpec
+    categorical: NDArray[np.int32]
+    """(N, C) rows of the shared table."""
+    numeric: NDArray[np.float32]
+    """(N, M)."""
+    bags: tuple[Bag, ...]
+
+    def __len__(self) -> int:
+        return len(self.numeric)
+
+    def take(self, rows: NDArray[np.int64]) -> EncodedRows:
+        """The chosen rows, in the order chosen."""
+        bags = tuple(bag.take(rows) for bag in self.bags)
+        return EncodedRows(self.spec, self.categorical[rows], self.numeric[rows], bags)
+
+    def inputs(self, selection: RowSelection = slice(None)) -> ModelInputs:
+        """The chosen rows as tensors."""
+        rows = np.arange(len(self))[selection] if isinstance(selection, slice) else selection
+        bags: Sequence[NDArray[np.int64]] = [
+            bag.padded(rows, spec.width) for bag, spec in zip(self.bags, self.spec.bags, strict=True)
+        ]
+        padded = np.concatenate(bags, axis=1) if bags else np.empty((len(rows), 0), dtype=np.int64)
+        return ModelInputs(
+            torch.from_numpy(self.categorical[selection].astype(np.int64)),
+            torch.from_numpy(self.numeric[selection]),
+            torch.from_numpy(padded),
+        )

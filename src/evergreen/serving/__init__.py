@@ -1,0 +1,1 @@
+"""Serving: a KServe model that ranks items for a user, the server it runs on, and a client for it."""

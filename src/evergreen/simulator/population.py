@@ -1,0 +1,171 @@
+"""Who and what there is: people, bots and items with the attributes that never change.
+
+Shapes: U users, I items, C categories, S segments, P publishers, D devices, K countries, d taste dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evergreen.simulator.config import SimulatorConfig
+from evergreen.simulator.streams import stream
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Times = NDArray[np.datetime64]
+"""datetime64[us], UTC."""
+
+DEVICES = ("mobile", "desktop", "tablet")
+DEVICE_SHARES = np.array([0.62, 0.30, 0.08])
+COUNTRIES = ("DE", "FR", "GB", "ES", "PL", "FI")
+COUNTRY_SHARES = np.array([0.30, 0.22, 0.18, 0.14, 0.11, 0.05])
+COUNTRY_UTC_OFFSET_HOURS = np.array([1, 1, 0, 1, 1, 2])
+
+PERSON, CRAWLER, SILENT_BOT = 0, 1, 2
+"""Kinds of user. The kind is in no column of the log."""
+
+_ACTIVITY_SIGMA = 1.1
+_OLDEST_ITEM_DAYS = 30.0
+_UNKNOWN_USER_ATTRIBUTE = 0.05
+_UNKNOWN_PRICE = 0.03
+
+
+@dataclass(frozen=True)
+class Users:
+    """People and bots; row u is user u."""
+
+    ids: NDArray[np.str_]
+    kind: Ints
+    """(U,) PERSON, CRAWLER or SILENT_BOT."""
+    segment: Ints
+    country: Ints
+    segment_known: Bools
+    """(U,) False: the log does not know the user's segment (the user has one all the same)."""
+    country_known: Bools
+    main_device: Ints
+    activity: Floats
+    """(U,) weight of the user in traffic; lognormal: the busiest tenth makes about 40 % of it. Bots: 0."""
+    eagerness: Floats
+    """(U,) the user's own shift of every click, in log-odds."""
+    first_day: Ints
+    """(U,) day of the log from which the user may come."""
+
+    def of_kind(self, kind: int) -> Ints:
+        """Indexes of the users of one kind."""
+        return np.flatnonzero(self.kind == kind)
+
+
+@dataclass(frozen=True)
+class Items:
+    """The catalogue, future items included; row i is item i."""
+
+    ids: NDArray[np.str_]
+    category: Ints
+    publisher: Ints
+    published: Times
+    """(I,) publication time; an item is shown to nobody before."""
+    price: Floats
+    """(I,) in euros; NaN: the log does not know it (and no click depends on it)."""
+    price_z: Floats
+    """(I,) standardised log price; 0 where unknown."""
+    quality: Floats
+    """(I,) the item's own shift of every click, in log-odds."""
+    vector: Floats
+    """(I, d) what the item is about; squared length 1 in the mean."""
+
+
+def draw_users(config: SimulatorConfig) -> Users:
+    """Draw the users of a world."""
+    rng = stream(config.seed, "users")
+    num = config.num_users
+    kind = np.full(num, PERSON, dtype=np.int64)
+    # Bots have ordinary ids somewhere in the middle: nothing but behaviour gives them away.
+    bots = rng.choice(num, config.num_crawlers + config.num_silent_bots, replace=False)
+    kind[bots[: config.num_crawlers]] = CRAWLER
+    kind[bots[config.num_crawlers :]] = SILENT_BOT
+    is_bot = kind != PERSON
+    comes_later = (rng.random(num) < config.new_user_fraction) & ~is_bot
+    return Users(
+        ids=_ids("u", num),
+        kind=kind,
+        segment=_choose(rng, _falling_shares(config.num_segments), num),
+        country=_choose(rng, COUNTRY_SHARES, num),
+        segment_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
+        country_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
+        main_device=_choose(rng, DEVICE_SHARES, num),
+        activity=np.where(is_bot, 0.0, rng.lognormal(0.0, _ACTIVITY_SIGMA, num)),
+        eagerness=rng.normal(0.0, 0.35, num),
+        first_day=np.where(comes_later, rng.integers(0, config.num_days, num), 0),
+    )
+
+
+def draw_items(config: SimulatorConfig) -> Items:
+    """Draw the items of a world: those on sale at the start, and those published during the log."""
+    rng = stream(config.seed, "items")
+    num, dimensions = config.num_items, config.taste_dimensions
+    category = _choose(rng, _falling_shares(config.num_categories), num)
+    publisher = _choose(rng, _falling_shares(config.num_publishers), num)
+    log_price = rng.normal(3.0, 0.6, num)
+    price_known = rng.random(num) >= _UNKNOWN_PRICE
+    # 60 % of what an item is about is its category, 20 % its publisher's style, 20 % its own.
+    vector = (
+        np.sqrt(0.6) * unit_rows(rng, config.num_categories, dimensions)[category]
+        + np.sqrt(0.2) * unit_rows(rng, config.num_publishers, dimensions)[publisher]
+        + np.sqrt(0.2) * unit_rows(rng, num, dimensions)
+    )
+    return Items(
+        ids=_ids("i", num),
+        category=category,
+        publisher=publisher,
+        published=_publication_times(config, rng),
+        price=np.where(price_known, np.round(np.exp(log_price), 2), np.nan),
+        price_z=np.where(price_known, (log_price - 3.0) / 0.6, 0.0),
+        quality=rng.normal(0.0, 0.45, num),
+        vector=vector,
+    )
+
+
+def unit_rows(rng: np.random.Generator, rows: int, dimensions: int) -> Floats:
+    """(rows, dimensions) random directions of length 1."""
+    vectors = rng.normal(size=(rows, dimensions))
+    directions: Floats = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return directions
+
+
+def midnight(config: SimulatorConfig, day: int) -> np.datetime64:
+    """The first moment of a day of the log, as datetime64[us]."""
+    return np.datetime64((config.start + timedelta(days=day)).replace(tzinfo=None), "us")
+
+
+def _publication_times(config: SimulatorConfig, rng: np.random.Generator) -> Times:
+    """(I,) a share of the items is published during the log, evenly; the others in the month before."""
+    num_new = round(config.num_items * config.new_item_fraction)
+    days = np.concatenate(
+        [
+            rng.uniform(0.0, config.num_days, num_new),
+            -np.minimum(rng.exponential(config.item_age_days, config.num_items - num_new), _OLDEST_ITEM_DAYS),
+        ]
+    )
+    microseconds = np.floor(rng.permutation(days) * 86_400e6).astype(np.int64)
+    return midnight(config, 0) + microseconds.astype("timedelta64[us]")
+
+
+def _falling_shares(num: int) -> Floats:
+    """(num,) shares that fall as rank ** -0.5: a few large ones and a tail."""
+    weights = np.arange(1, num + 1, dtype=np.float64) ** -0.5
+    shares: Floats = weights / weights.sum()
+    return shares
+
+
+def _choose(rng: np.random.Generator, shares: Floats, size: int) -> Ints:
+    return rng.choice(len(shares), size, p=shares / shares.sum()).astype(np.int64)
+
+
+def _ids(prefix: str, num: int) -> NDArray[np.str_]:
+    width = max(4, len(str(num - 1)))
+    return np.array([f"{prefix}{index:0{width}d}" for index in range(num)])

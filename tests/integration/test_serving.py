@@ -1,0 +1,152 @@
+"""From a simulated log to answers over HTTP, with every real part: tables, Feast, a trained package, KServe."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from evergreen.contracts.errors import RequestError
+from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.mapping import Mapping
+from evergreen.contracts.snapshot import Snapshot
+from evergreen.contracts.training_set import FeatureOrigin
+from evergreen.features.point_in_time import items_as_of, join_features
+from evergreen.features.tables import build_feature_tables
+from evergreen.ingest.log import ingest_log
+from evergreen.serving.client import RecommenderClient
+from evergreen.serving.recommender import Recommender
+from evergreen.serving.schema import RankingRequest
+from evergreen.simulator.log import SimulatorConfig, simulate_log
+from evergreen.training.dataset import build_training_set
+from evergreen.training.trainer import TrainingConfig, train_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """The artifacts of one small run."""
+
+    snapshot: Snapshot
+    tables: FeatureTables
+    model: Path
+    feature_store: Path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from evergreen.features.store import FeatureStore
+
+    root = tmp_path_factory.mktemp("run")
+    simulate_log(SimulatorConfig(num_users=60, num_items=50, num_days=8, events_per_day=600, seed=3), root / "log")
+    snapshot = ingest_log(Mapping.load("simulated"), str(root / "log"), root / "snapshot")
+    tables = build_feature_tables(snapshot, root / "feature_tables")
+    training_set = build_training_set(snapshot, tables, root / "training_set")
+    train_model(training_set, root / "model", config=TrainingConfig(model="logistic_regression", seed=0))
+    FeatureStore.create(root / "feature_store", tables).materialize(snapshot.as_of)
+    return Run(snapshot, tables, root / "model", root / "feature_store")
+
+
+@pytest.fixture(scope="module")
+def recommender(run: Run) -> Recommender:
+    return Recommender.load(run.model, run.feature_store)
+
+
+@pytest.fixture(scope="module")
+def server(run: Run) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "evergreen.cli", "serve", "--port", str(port)]
+    command += ["--model", str(run.model), "--feature-store", str(run.feature_store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        url = f"http://127.0.0.1:{port}"
+        with RecommenderClient(url) as client:
+            client.wait_until_ready(timeout=120, still_alive=lambda: process.poll() is None)
+        yield url, process
+        process.kill()
+
+
+def known_user(run: Run) -> str:
+    events = pa.dataset.dataset(run.snapshot.files) if hasattr(pa, "dataset") else None
+    assert events is not None
+    return str(events.to_table(columns=["user_id"])["user_id"][-1].as_py())
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_served_features_and_scores_equal_offline_ones(run: Run, recommender: Recommender, stranger: bool) -> None:
+    """No training-serving skew: the online path gives the table that the point-in-time join gives."""
+    user_id = "never seen" if stranger else known_user(run)
+    at = run.snapshot.as_of + timedelta(milliseconds=1)
+    items = items_as_of(run.tables, run.snapshot.as_of)
+    n = items.num_rows
+    spine = pa.table(
+        {
+            "event_timestamp": pa.array([at] * n, pa.timestamp("us", tz="UTC")),
+            "user_id": pa.array([user_id] * n),
+            "item_id": items["item_id"],
+            "category": items["category"],
+        }
+    )
+    offline = join_features(spine, run.tables)
+    package = recommender._package
+    online = recommender._ranker.assemble(
+        user_id=user_id,
+        user=recommender._users.get(user_id),
+        item_ids=items["item_id"].to_pylist(),
+        rows=recommender._items.find(items["item_id"].to_pylist()),
+        context={"device": "phone"},
+        event_timestamp=at,
+    )
+    for feature in package.info.features:
+        if feature.origin is FeatureOrigin.CONTEXT:
+            offline = offline.append_column(feature.name, online[feature.name])
+        assert online[feature.name].to_pylist() == offline[feature.name].to_pylist(), feature.name
+    np.testing.assert_array_equal(package.predict(online), package.predict(offline))
+    answer = recommender.recommend(
+        RankingRequest(user_id=user_id, k=500, context={"device": "phone"}, event_timestamp=at)
+    )
+    expected = dict(zip(items["item_id"].to_pylist(), package.predict(offline).tolist(), strict=True))
+    assert {item.item_id: item.probability for item in answer.items} == expected
+    assert answer.known_user is not stranger
+
+
+@pytest.mark.parametrize("protocol", ["v1", "v2"])
+def test_served_package_answers_as_in_process(
+    run: Run, recommender: Recommender, server: tuple[str, subprocess.Popen[str]], protocol: str
+) -> None:
+    url, _ = server
+    user_id, at = known_user(run), run.snapshot.as_of
+    with RecommenderClient(url) as client:
+        answer = client.recommend(user_id, k=5, event_timestamp=at, protocol=protocol)  # type: ignore[arg-type]
+        expected = recommender.recommend(RankingRequest(user_id=user_id, k=5, event_timestamp=at))
+        assert [item.item_id for item in answer.items] == [item.item_id for item in expected.items]
+        assert [i.probability for i in answer.items] == pytest.approx([i.probability for i in expected.items], abs=1e-6)
+        assert answer.model_version == recommender.model_version
+        with pytest.raises(RequestError, match="device=3: must be a string"):
+            client.recommend(user_id, context={"device": 3}, protocol=protocol)  # type: ignore[arg-type]
+
+
+def test_server_stops_when_it_is_told_to(server: tuple[str, subprocess.Popen[str]]) -> None:
+    url, process = server
+    assert httpx.get(f"{url}/v2/health/ready", trust_env=False).json() == {"ready": True}
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=20)
+    output = process.stdout.read() if process.stdout else ""
+    assert "Traceback" not in output, output
+
+
+def test_store_and_package_swapped_are_named(run: Run) -> None:
+    command = [sys.executable, "-m", "evergreen.cli", "serve", "--port", "1"]
+    command += ["--model", str(run.feature_store), "--feature-store", str(run.feature_store)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
