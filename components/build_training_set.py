@@ -26,10 +26,9 @@ def build_training_set(
     from collections import namedtuple
     from pathlib import Path
 
-    from evergreen.features.store import FeatureStore
-
     from evergreen.contracts.feature_tables import FeatureTables
     from evergreen.contracts.snapshot import Snapshot
+    from evergreen.features.store import FeatureStore
     from evergreen.step import pipeline_step
     from evergreen.training.dataset import build_training_set
 

@@ -40,12 +40,11 @@ def evaluate_models(
     from collections import namedtuple
     from pathlib import Path
 
-    from evergreen.evaluation.evaluate import EvaluationConfig, evaluate_models
-    from evergreen.models.package import ModelPackage
-
     from evergreen.contracts.feature_tables import FeatureTables
     from evergreen.contracts.snapshot import Snapshot
     from evergreen.contracts.training_set import TrainingSet
+    from evergreen.evaluation.evaluate import EvaluationConfig, evaluate_models
+    from evergreen.models.package import ModelPackage
     from evergreen.step import pipeline_step
 
     with pipeline_step("evaluate_models") as usage:

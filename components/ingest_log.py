@@ -23,9 +23,8 @@ def ingest_log(mapping: str, data: str, as_of: str, snapshot: dsl.Output[dsl.Dat
     from datetime import datetime
     from pathlib import Path
 
-    from evergreen.ingest.log import ingest_log
-
     from evergreen.contracts.mapping import Mapping
+    from evergreen.ingest.log import ingest_log
     from evergreen.step import pipeline_step
 
     with pipeline_step("ingest_log") as usage:

@@ -22,9 +22,8 @@ def materialize_features(
     from datetime import datetime
     from pathlib import Path
 
-    from evergreen.features.store import FeatureStore
-
     from evergreen.contracts.feature_tables import FeatureTables
+    from evergreen.features.store import FeatureStore
     from evergreen.step import pipeline_step
 
     with pipeline_step("materialize_features") as usage:

@@ -22,9 +22,8 @@ def report_drift(
     from collections import namedtuple
     from pathlib import Path
 
-    from evergreen.monitoring.drift import drift_report
-
     from evergreen.contracts.training_set import TrainingSet
+    from evergreen.monitoring.drift import drift_report
     from evergreen.step import pipeline_step
 
     with pipeline_step("report_drift") as usage:

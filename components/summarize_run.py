@@ -27,9 +27,8 @@ def summarize_run(
     from pathlib import Path
 
     from evergreen.contracts.evaluation import Evaluation
-    from evergreen.contracts.summary import summarize
-
     from evergreen.contracts.snapshot import Snapshot
+    from evergreen.contracts.summary import summarize
     from evergreen.contracts.training_set import TrainingSet
     from evergreen.step import pipeline_step
 

@@ -27,10 +27,9 @@ def train_model(
     from collections import namedtuple
     from pathlib import Path
 
-    from evergreen.training.trainer import TrainingConfig, train_model
-
     from evergreen.contracts.training_set import TrainingSet
     from evergreen.step import pipeline_step
+    from evergreen.training.trainer import TrainingConfig, train_model
 
     with pipeline_step(f"train_model[{model}]") as usage:
         result = train_model(

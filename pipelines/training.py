@@ -12,8 +12,9 @@ from components.materialize_features import materialize_features
 from components.report_drift import report_drift
 from components.summarize_run import summarize_run
 from components.train_model import train_model
+from evergreen.models.registry import MODEL_NAMES
 
-MODELS = ["popularity", "logistic_regression", "factorization_machine", "deepfm"]
+MODELS = list(MODEL_NAMES)
 
 
 class TrainingOutputs(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from evergreen.contracts.errors import RequestError
@@ -50,9 +51,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     simulate_log(SimulatorConfig(num_users=60, num_items=50, num_days=8, events_per_day=600, seed=3), root / "log")
     snapshot = ingest_log(Mapping.load("simulated"), str(root / "log"), root / "snapshot")
     tables = build_feature_tables(snapshot, root / "feature_tables")
-    training_set = build_training_set(snapshot, tables, root / "training_set")
+    store = FeatureStore.create(root / "feature_store", tables)
+    store.materialize(snapshot.as_of)
+    training_set = build_training_set(snapshot, tables, store, root / "training_set")
     train_model(training_set, root / "model", config=TrainingConfig(model="logistic_regression", seed=0))
-    FeatureStore.create(root / "feature_store", tables).materialize(snapshot.as_of)
     return Run(snapshot, tables, root / "model", root / "feature_store")
 
 
@@ -77,9 +79,7 @@ def server(run: Run) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def known_user(run: Run) -> str:
-    events = pa.dataset.dataset(run.snapshot.files) if hasattr(pa, "dataset") else None
-    assert events is not None
-    return str(events.to_table(columns=["user_id"])["user_id"][-1].as_py())
+    return str(pq.read_table(run.snapshot.files[-1], columns=["user_id"])["user_id"][-1].as_py())
 
 
 @pytest.mark.parametrize("stranger", [False, True])

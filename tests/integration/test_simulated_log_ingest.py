@@ -18,6 +18,6 @@ def test_simulated_log_is_ingested_without_loss_and_without_its_truth(tmp_path):
         f"SELECT sum(clicked::int), count(rating), sum(propensity) FROM '{tmp_path}/log/events/*.parquet'"
     )
     read = duckdb.sql(f"SELECT sum(clicked::int), count(rating), sum(propensity) FROM read_parquet({snapshot.files})")
-    assert [round(value, 3) for value in read.fetchone()] == [round(value, 3) for value in written.fetchone()]
+    assert [round(value, 3) for value in read.fetchall()[0]] == [round(value, 3) for value in written.fetchall()[0]]
     columns = duckdb.sql(f"SELECT * FROM read_parquet({snapshot.files}) LIMIT 0").columns
     assert not {"click_probability", "relevance", "is_bot"} & set(columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import shutil
 import threading
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 MEMORY_LIMIT = "800MB"
 """For DuckDB, which sorts on disk beyond it; Arrow's buffers come on top."""
+MAX_THREADS = 4
 
 _HOUR = timedelta(hours=1)
 _PROGRESS_ROWS = 1_000_000
@@ -107,6 +109,8 @@ def _open(file: SourceFile, mapping: Mapping, scratch: Path) -> _Source:
 def _connect(mapping: Mapping, scratch: Path) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect()
     connection.execute(f"SET memory_limit = {literal(MEMORY_LIMIT)}")
+    # Each thread sorts in memory of its own: many of them would not fit.
+    connection.execute(f"SET threads = {min(os.cpu_count() or 1, MAX_THREADS)}")
     connection.execute(f"SET temp_directory = {literal(str(scratch / 'duckdb'))}")
     connection.execute("SET enable_progress_bar = false")  # it would go to stdout
     connection.execute(f"SET TimeZone = {literal(mapping.timestamp.timezone)}")

@@ -106,7 +106,7 @@ def list_files(data: str, source: Source) -> list[SourceFile]:
         filesystem, root = url_to_fs(data if "://" in data else str(Path(data).expanduser()))
         found = _find(filesystem, root, data, source.pattern)
     except FileNotFoundError as error:
-        raise InputError(f"{data}: no such file or folder{_near_names(filesystem, root)}") from error
+        raise InputError(f"{data}: no such file or folder{_near_names(data)}") from error
     except (OSError, ValueError, ImportError, zipfile.BadZipFile) as error:
         raise InputError(f"{data}: cannot be opened: {error}") from error
     logger.info("%s: %d file(s)", data, len(found))
@@ -140,11 +140,12 @@ def _find(filesystem: Any, root: str, data: str, pattern: str) -> list[tuple[str
     return found
 
 
-def _near_names(filesystem: Any, path: str) -> str:
-    folder, name = posixpath.split(path.rstrip("/"))
+def _near_names(data: str) -> str:
+    folder, name = posixpath.split(data.rstrip("/"))
     try:
-        names = [posixpath.basename(str(p).rstrip("/")) for p in filesystem.ls(folder, detail=False)]
-    except (OSError, ValueError):
+        filesystem, path = url_to_fs(folder or ".")
+        names = [posixpath.basename(str(p).rstrip("/")) for p in filesystem.ls(path, detail=False)]
+    except (OSError, ValueError, ImportError):
         return ""
     near = difflib.get_close_matches(name, names, n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -102,7 +102,7 @@ def build_server(predictor: Any, listener: socket.socket) -> Any:
 
 
 def quiet(log_config: dict[str, Any], caller_mistakes: type[logging.Filter]) -> dict[str, Any]:
-    """KServe's logging without its lines for every request: what remains is warnings, and errors of the server's own."""
+    """KServe's logging without its lines for every request: warnings and the server's own errors remain."""
     config = copy.deepcopy(log_config)
     for settings in config["loggers"].values():
         settings["level"] = "WARNING"

@@ -7,12 +7,20 @@ ORDER = ("popularity", "logistic_regression", "factorization_machine", "deepfm")
 
 
 def contender(name: str, value: float | None, p99: float = 5.0) -> Contender:
-    estimate = Estimate(value=None, reason="one class only") if value is None else Estimate(value=value, low=value, high=value)
-    return Contender(name, estimate, Latency(rows=500, repetitions=100, p50_ms=p99, p99_ms=p99, within_budget=p99 <= 50))
+    estimate = (
+        Estimate(value=None, reason="one class only") if value is None else Estimate(value=value, low=value, high=value)
+    )
+    return Contender(
+        name, estimate, Latency(rows=500, repetitions=100, p50_ms=p99, p99_ms=p99, within_budget=p99 <= 50)
+    )
 
 
 def choose(
-    contenders: list[Contender], *, baseline: tuple[str, float] = (BASE_RATE, 1.0), sure: float = 0.02, lower: bool = True
+    contenders: list[Contender],
+    *,
+    baseline: tuple[str, float] = (BASE_RATE, 1.0),
+    sure: float = 0.02,
+    lower: bool = True,
 ) -> Choice:
     """Differences of at least `sure` are outside the interval."""
     values = {c.name: c.value.value for c in contenders} | {baseline[0]: baseline[1]}
@@ -48,7 +56,9 @@ def test_best_model_wins_and_the_reason_names_the_next_and_the_baseline():
 
 
 def test_tie_goes_to_the_simplest():
-    choice = choose([contender("deepfm", 0.800), contender("factorization_machine", 0.805), contender("popularity", 0.9)])
+    choice = choose(
+        [contender("deepfm", 0.800), contender("factorization_machine", 0.805), contender("popularity", 0.9)]
+    )
     assert choice.champion == "factorization_machine"
     assert "as good as deepfm" in choice.reason
     assert "simpler" in choice.reason
@@ -66,9 +76,7 @@ def test_reason_says_when_the_simpler_model_is_faster_too():
 
 
 def test_metric_where_higher_is_better():
-    choice = choose(
-        [contender("deepfm", 0.3), contender("popularity", 0.2)], baseline=("popularity", 0.2), lower=False
-    )
+    choice = choose([contender("deepfm", 0.3), contender("popularity", 0.2)], baseline=("popularity", 0.2), lower=False)
     assert choice.champion == "deepfm"
     assert "It beats popularity by +0.1000" in choice.reason
 

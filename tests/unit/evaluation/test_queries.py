@@ -104,3 +104,10 @@ def test_too_many_queries_are_drawn_by_seed(reads):
     assert one.sampled_out == one.found - one.without_new_items - one.unreachable - 10 > 0
     assert one == again != other
     assert [q.time for q in one.queries] == sorted(q.time for q in one.queries)
+
+
+def test_a_request_of_the_log_is_a_query(tmp_path, ingested_log):
+    mapping = MAPPING.replace('item_id = "item"', 'item_id = "item"\nrequest_id = "device"')
+    queries = find(*ingested_log(tmp_path, mapping, LOG))
+    assert queries.unit == "request"
+    assert queries.found == 6  # ann's day falls into two requests, cid's second too less what one device joins

@@ -216,4 +216,5 @@ def test_expressions_compile_for_spark(kind: str) -> None:
     log = mapping(kind, "10m", user_features={"country": "categorical"}, item_features={"tags": "multi"})
     events = ibis.table(ibis.Schema.from_pyarrow(pa.schema(list(event_schema(log)))), name="events")
     for name, table in feature_table_expressions(events, log, last_hour=480_000).items():
-        assert "FROM `events`" in str(ibis.to_sql(table, dialect="pyspark")), name
+        # Databricks is Ibis's PySpark compiler, which alone needs no Spark to be installed.
+        assert "FROM `events`" in str(ibis.to_sql(table, dialect="databricks")), name
