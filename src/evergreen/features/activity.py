@@ -92,6 +92,51 @@ def _shifts(lag: int) -> ir.Table:
     return ibis.memtable(columns, schema=dict.fromkeys(columns, "int64"))
 
 
+def _deltas(hourly: ir.Table, *, lag: int, last_hour: int) -> ir.Table:
+    """Each hour's sums at every time T at which they enter or leave a window, beside the signs of `_shifts`."""
+    deltas = hourly.cross_join(_shifts(lag)).mutate(T=lambda t: t.hour + 1 + t.shift)
+    return deltas.filter(deltas["T"] <= last_hour)
+
+
+def _running_values(events: ir.Table, keys: Sequence[str], *, kind: LogKind, lag: int, last_hour: int) -> ir.Table:
+    """What each window holds from T on: the running sums of the deltas, a row for each key and T.
+
+    Columns: the keys, T, {measure}_{w} for `events` and each column that `_LABEL_SUMS` names, last_event,
+    last_positive, history_end.
+    """
+    events = events.filter([events[key].notnull() for key in keys])
+    hourly = events.group_by([*keys, "hour"]).agg(
+        events=events.count(),
+        labels=_whole(events.labels.sum()),
+        positives=_whole(events.positives.sum()),
+        label_units=_whole(events.label_units.sum()),
+        chosen=_whole((events.positives * events.item_id.notnull().cast("int64")).sum()),
+        last_event=events.event_timestamp.max(),
+        last_positive=events.event_timestamp.max(where=events.positives == 1),
+    )
+    deltas = _deltas(hourly, lag=lag, last_hour=last_hour)
+    clocks = {"events": "event"} | dict.fromkeys(_LABEL_SUMS[kind].values(), "label")
+    changes = deltas.group_by([*keys, "T"]).agg(
+        **{
+            f"{measure}_{window}": _whole((deltas[measure] * deltas[f"{clock}_{window}"]).sum())
+            for measure, clock in clocks.items()
+            for window in WINDOWS_HOURS
+        },
+        history_end=_whole((deltas.chosen * deltas.label_seen).sum()),
+        last_event=deltas.last_event.max(where=deltas.event_seen == 1),
+        last_positive=deltas.last_positive.max(where=deltas.label_seen == 1),
+    )
+    latest = ("last_event", "last_positive")
+    summed = [column for column in changes.columns if column not in (*keys, "T", *latest)]
+    so_far = ibis.cumulative_window(group_by=keys, order_by="T")
+    return changes.select(
+        *keys,
+        "T",
+        **{column: _whole(changes[column].sum().over(so_far)) for column in summed},
+        **{column: changes[column].max().over(so_far) for column in latest},
+    )
+
+
 def global_prior(events: ir.Table, *, kind: LogKind, lag: int, last_hour: int) -> ir.Table:
     """Mean label of all events matured by each hour that a row of an activity table can have.
 
@@ -107,14 +152,10 @@ def global_prior(events: ir.Table, *, kind: LogKind, lag: int, last_hour: int) -
     hourly = events.group_by("hour").agg(
         labels=_whole(events.labels.sum()), label_units=_whole(events.label_units.sum())
     )
-    deltas = hourly.cross_join(_shifts(lag)).mutate(T=lambda t: t.hour + 1 + t.shift)
-    known = (
-        deltas.filter(deltas["T"] <= last_hour)
-        .group_by("T")
-        .agg(
-            labels=_whole((deltas.labels * deltas.label_seen).sum()),
-            label_units=_whole((deltas.label_units * deltas.label_seen).sum()),
-        )
+    deltas = _deltas(hourly, lag=lag, last_hour=last_hour)
+    known = deltas.group_by("T").agg(
+        labels=_whole((deltas.labels * deltas.label_seen).sum()),
+        label_units=_whole((deltas.label_units * deltas.label_seen).sum()),
     )
     so_far = ibis.cumulative_window(order_by="T")
     known = known.mutate(
@@ -146,47 +187,14 @@ def activity(
         (float64), {prefix}_last_event_timestamp, {prefix}_last_positive_timestamp, and history_end (int64): how many
         positive events with an item are known.
     """
-    events = events.filter([events[key].notnull() for key in keys])
-    hourly = events.group_by([*keys, "hour"]).agg(
-        events=events.count(),
-        labels=_whole(events.labels.sum()),
-        positives=_whole(events.positives.sum()),
-        label_units=_whole(events.label_units.sum()),
-        chosen=_whole((events.positives * events.item_id.notnull().cast("int64")).sum()),
-        last_event=events.event_timestamp.max(),
-        last_positive=events.event_timestamp.max(where=events.positives == 1),
-    )
-    deltas = hourly.cross_join(_shifts(lag)).mutate(T=lambda t: t.hour + 1 + t.shift)
-    deltas = deltas.filter(deltas["T"] <= last_hour)
-    sums = _LABEL_SUMS[kind]
-    clocks = {"events": "event"} | dict.fromkeys(sums.values(), "label")
-    windowed = [f"{measure}_{window}" for measure in clocks for window in WINDOWS_HOURS]
-    changes = deltas.group_by([*keys, "T"]).agg(
-        **{
-            f"{measure}_{window}": _whole((deltas[measure] * deltas[f"{clock}_{window}"]).sum())
-            for measure, clock in clocks.items()
-            for window in WINDOWS_HOURS
-        },
-        history_end=_whole((deltas.chosen * deltas.label_seen).sum()),
-        last_event=deltas.last_event.max(where=deltas.event_seen == 1),
-        last_positive=deltas.last_positive.max(where=deltas.label_seen == 1),
-    )
-    so_far = ibis.cumulative_window(group_by=keys, order_by="T")
-    values = changes.select(
-        *keys,
-        "T",
-        **{column: _whole(changes[column].sum().over(so_far)) for column in [*windowed, "history_end"]},
-        **{column: changes[column].max().over(so_far) for column in ("last_event", "last_positive")},
-    )
+    values = _running_values(events, keys, kind=kind, lag=lag, last_hour=last_hour)
     values = values.join(prior, "T", how="left")
-    unit, strength = label_unit(kind), SMOOTHING_STRENGTH
-    rates = {
-        f"{prefix}_rate_{window}": (
-            values[f"{sums['label_units']}_{window}"].cast("float64") / unit + strength * values.prior
-        )
-        / (values[f"{sums['labels']}_{window}"] + strength)
-        for window in WINDOWS_HOURS
-    }
+    sums, unit, strength = _LABEL_SUMS[kind], label_unit(kind), SMOOTHING_STRENGTH
+    rates = {}
+    for window in WINDOWS_HOURS:
+        matured = values[f"{sums['labels']}_{window}"]
+        total = values[f"{sums['label_units']}_{window}"].cast("float64") / unit
+        rates[f"{prefix}_rate_{window}"] = (total + strength * values.prior) / (matured + strength)
     return values.select(
         *keys,
         "T",

@@ -101,12 +101,11 @@ def test_rate_is_drawn_to_the_mean_as_known_then_not_to_the_mean_of_the_whole_lo
 ) -> None:
     log = [event(0.5, "a", clicked=True), event(1.5, "b", clicked=False), event(1.6, "c", clicked=False)]
     tables = build_feature_tables(write_snapshot(mapping("impressions"), log), tmp_path / "t")
-    rates = dict(
-        zip(rows(tables, "user_activity", "user_id", "event_timestamp"), rows(tables, "user_activity", "user_rate_1h"))
-    )
-    assert rates["a", at(1)] == ((1 + 20 * 1) / 21,)
-    assert rates["a", at(2)] == ((0 + 20 * (1 / 3)) / 20,)
-    assert rates["b", at(2)] == ((0 + 20 * (1 / 3)) / 21,)
+    found = rows(tables, "user_activity", "user_id", "event_timestamp", "user_rate_1h")
+    rates = {(user, moment): rate for user, moment, rate in found}
+    assert rates["a", at(1)] == (1 + 20 * 1) / 21
+    assert rates["a", at(2)] == (0 + 20 * (1 / 3)) / 20
+    assert rates["b", at(2)] == (0 + 20 * (1 / 3)) / 21
 
 
 def test_rate_of_ratings_is_their_smoothed_mean_without_float_noise(

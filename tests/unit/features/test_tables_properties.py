@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -165,7 +164,7 @@ BUDGET = settings(
 )
 
 
-@settings(BUDGET, max_examples=9)
+@settings(BUDGET, max_examples=7)
 @given(log=logs())
 def test_tables_equal_a_naive_count(
     log: Log, write_snapshot: WriteSnapshot, tmp_path_factory: pytest.TempPathFactory
@@ -204,7 +203,7 @@ def check_between_rows(log: Log, table: list[Row]) -> None:
             assert {name: at_moment[-1][name] for name in counts} == counts
 
 
-@settings(BUDGET, max_examples=6)
+@settings(BUDGET, max_examples=5)
 @given(log=logs(), data=st.data())
 def test_shuffling_the_future_does_not_change_a_single_past_value(
     log: Log, data: st.DataObject, write_snapshot: WriteSnapshot, tmp_path_factory: pytest.TempPathFactory

@@ -216,7 +216,7 @@ def _cross_entropy(truth, predicted):
 def test_fifty_thousand_impressions_take_seconds(tmp_path):
     start = time.process_time()
     simulate_log(SimulatorConfig(num_days=5, events_per_day=10_000), tmp_path / "log")
-    assert time.process_time() - start < 6  # measured: 0.6 s; a million in 4.5 s
+    assert time.process_time() - start < 6  # 0.4 s once warm, 2.1 s with the first imports; slack for a busy machine
 
 
 def test_earlier_simulation_is_replaced_whole(tmp_path):
