@@ -72,16 +72,18 @@ def write_log(path: Path, num_rows: int, *, shuffled: bool) -> None:
     for start in range(0, num_rows, CHUNK):
         n = min(CHUNK, num_rows - start)
         when = generator.integers(0, num_rows, n) if shuffled else np.arange(start, start + n)
-        rows = pa.table({
-            "timestamp": 1_700_000_000_000 + when * (30 * 86_400_000 // num_rows),
-            "request": [f"r{i}" for i in range(start // 5, start // 5 + n)],
-            "user": [f"u{i}" for i in generator.integers(0, 500_000, n)],
-            "item": [f"i{i}" for i in generator.integers(0, 50_000, n)],
-            "position": generator.integers(0, 10, n),
-            "click": (generator.random(n) < 0.02).astype(np.int8),
-            "price": np.round(generator.random(n) * 100, 2),
-            **{name: pa.array(values[generator.integers(0, len(values), n)]) for name, values in words.items()},
-        })
+        rows = pa.table(
+            {
+                "timestamp": 1_700_000_000_000 + when * (30 * 86_400_000 // num_rows),
+                "request": [f"r{i}" for i in range(start // 5, start // 5 + n)],
+                "user": [f"u{i}" for i in generator.integers(0, 500_000, n)],
+                "item": [f"i{i}" for i in generator.integers(0, 50_000, n)],
+                "position": generator.integers(0, 10, n),
+                "click": (generator.random(n) < 0.02).astype(np.int8),
+                "price": np.round(generator.random(n) * 100, 2),
+                **{name: pa.array(values[generator.integers(0, len(values), n)]) for name, values in words.items()},
+            }
+        )
         options = pa_csv.WriteOptions(quoting_style="needed", include_header=start == 0)
         if writer is None:
             writer = path.open("wb")

@@ -37,7 +37,8 @@ class ChampionSummary(JsonModel):
     model: str
     version: str
     reason: str
-    beats_baseline: bool
+    beats_baseline: bool | None
+    """Outside the interval; null when the champion is the baseline itself."""
 
 
 class StepUsage(JsonModel):
@@ -102,7 +103,7 @@ def summarize(
             model=result.champion,
             version=result.champion_version,
             reason=result.reason,
-            beats_baseline=result.any_beats_baseline,
+            beats_baseline=evaluation.model(result.champion).beats_baseline,
         ),
         steps=tuple(StepUsage.model_validate(usage) for usage in usages),
     )

@@ -14,6 +14,7 @@ from datetime import datetime
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evergreen.contracts.evaluation import RankingQueries
@@ -70,7 +71,7 @@ class Queries:
         )
 
 
-_TEST_PAIRS = """
+_QUERIES = """
     WITH events AS (
         SELECT event_id, event_timestamp, user_id, item_id,
             coalesce('request ' || request_id, strftime(event_timestamp, '%Y-%m-%d')) AS part
@@ -85,12 +86,17 @@ _TEST_PAIRS = """
         WHERE user_id IN (SELECT user_id FROM test) GROUP BY ALL
     ), catalogue AS (
         SELECT item_id, min(event_timestamp) AS listed_at FROM read_parquet($items) GROUP BY item_id
+    ), pairs AS (
+        SELECT DISTINCT t.user_id, t.part, t.asked_at, t.first_event, t.item_id,
+            $recommend_seen OR f.first_at >= t.asked_at AS is_new,
+            is_new AND coalesce(c.listed_at <= t.asked_at, false) AS is_reachable
+        FROM test t JOIN first_time f USING (user_id, item_id) LEFT JOIN catalogue c USING (item_id)
     )
-    SELECT DISTINCT t.user_id, t.part, t.asked_at, t.first_event, t.item_id,
-        $recommend_seen OR f.first_at >= t.asked_at AS is_new,
-        coalesce(c.listed_at <= t.asked_at, false) AS is_listed
-    FROM test t JOIN first_time f USING (user_id, item_id) LEFT JOIN catalogue c USING (item_id)
-    ORDER BY t.asked_at, t.first_event, t.item_id
+    SELECT first_event, user_id, asked_at, starts_with(part, 'request ') AS is_request,
+        count(*) FILTER (is_new) AS num_new,
+        count(*) FILTER (is_reachable) AS num_reachable,
+        list(item_id ORDER BY item_id) FILTER (is_reachable) AS relevant
+    FROM pairs GROUP BY ALL ORDER BY asked_at, first_event
 """
 
 _SEEN = """
@@ -125,70 +131,56 @@ def find_queries(
             "end": end,
             "recommend_seen": recommend_seen,
         }
-        pairs = db.sql(_TEST_PAIRS, params=parameters).to_arrow_table()
-        by_query: dict[int, list[dict[str, object]]] = {}
-        for row in pairs.to_pylist():
-            by_query.setdefault(row["first_event"], []).append(row)
-        new = {event: [r for r in rows if r["is_new"]] for event, rows in by_query.items()}
-        listed = {event: [r for r in rows if r["is_listed"]] for event, rows in new.items()}
-        eligible = [event for event, rows in listed.items() if rows]
+        table = db.sql(_QUERIES, params=parameters).to_arrow_table()
+        num_new, num_reachable = table["num_new"].to_numpy(), table["num_reachable"].to_numpy()
+        eligible = np.flatnonzero(num_reachable > 0)
         kept = eligible
         if len(eligible) > max_queries:
             drawn = np.random.default_rng(seed).choice(len(eligible), size=max_queries, replace=False)
-            kept = [eligible[i] for i in np.sort(drawn)]
-        seen = {} if recommend_seen else _items_seen(db, snapshot, {event: listed[event][0] for event in kept})
-        context = _context(db, snapshot, kept)
-    without_new = sum(not rows for rows in new.values())
+            kept = eligible[np.sort(drawn)]
+        chosen = table.take(pa.array(kept))
+        seen = {} if recommend_seen else _items_seen(db, snapshot, chosen)
+        context = _context(db, snapshot, chosen)
     queries = tuple(
         Query(
-            time=listed[event][0]["asked_at"],  # type: ignore[arg-type]
-            user_id=str(listed[event][0]["user_id"]),
-            relevant=frozenset(str(row["item_id"]) for row in listed[event]),
-            seen=frozenset(seen.get(event, ())),
-            context=context[event],
+            time=row["asked_at"],
+            user_id=row["user_id"],
+            relevant=frozenset(row["relevant"]),
+            seen=frozenset(seen.get(row["first_event"], ())),
+            context=context[row["first_event"]],
         )
-        for event in kept
+        for row in chosen.to_pylist()
     )
-    has_requests = any(str(rows[0]["part"]).startswith("request ") for rows in by_query.values())
     found = Queries(
         queries=queries,
-        unit="request" if has_requests else "user and day",
-        found=len(by_query),
-        without_new_items=without_new,
-        unreachable=len(by_query) - without_new - len(eligible),
+        unit="request" if pc.any(table["is_request"]).as_py() else "user and day",
+        found=table.num_rows,
+        without_new_items=int((num_new == 0).sum()),
+        unreachable=int(((num_new > 0) & (num_reachable == 0)).sum()),
         sampled_out=len(eligible) - len(kept),
-        unreachable_items=sum(len(new[event]) - len(listed[event]) for event in kept),
+        unreachable_items=int((num_new - num_reachable)[kept].sum()),
     )
     logger.info("%d of %d queries to rank", len(queries), found.found)
     return found
 
 
-def _items_seen(
-    db: duckdb.DuckDBPyConnection, snapshot: Snapshot, queries: dict[int, dict[str, object]]
-) -> dict[int, list[str]]:
-    """By query, the items that its user had events with strictly before its time."""
-    relation = pa.table(
-        {
-            "first_event": pa.array(list(queries), pa.int64()),
-            "user_id": pa.array([row["user_id"] for row in queries.values()], pa.string()),
-            "asked_at": pa.array([row["asked_at"] for row in queries.values()], TIMESTAMP_TYPE),
-        }
-    )
-    db.register("queries", relation)
+def _items_seen(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, queries: pa.Table) -> dict[int, list[str]]:
+    """By first event of a query, the items that its user had events with strictly before its time."""
+    db.register("queries", queries.select(["first_event", "user_id", "asked_at"]))
     rows = db.sql(_SEEN, params={"files": snapshot.files}).to_arrow_table()
     return dict(zip(rows["first_event"].to_pylist(), rows["items"].to_pylist(), strict=True))
 
 
-def _context(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, events: list[int]) -> dict[int, dict[str, object]]:
-    """By event id, the context features of that event."""
+def _context(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, queries: pa.Table) -> dict[int, dict[str, object]]:
+    """By first event of a query, the context features of that event."""
     names = list(snapshot.mapping.features(Role.CONTEXT))
-    if not names or not events:
-        return {event: {} for event in events}
-    db.register("first_events", pa.table({"event_id": pa.array(events, pa.int64())}))
+    if not names:
+        return {event: {} for event in queries["first_event"].to_pylist()}
+    db.register("first_events", queries.select(["first_event"]))
     columns = ", ".join(f'e."{name}"' for name in names)
     rows = db.sql(
         f"SELECT e.event_id, {columns} FROM read_parquet($files, hive_partitioning = false) e "
-        "JOIN first_events USING (event_id)",
+        "JOIN first_events f ON e.event_id = f.first_event",
         params={"files": snapshot.files},
     ).to_arrow_table()
     return {row.pop("event_id"): row for row in rows.to_pylist()}

@@ -151,8 +151,8 @@ def duration_words(seconds: float) -> str:
 
 
 def _tables(result: EvaluationResult) -> list[_Table]:
-    metrics = [name for name in result.models[0].metrics if "_at_" not in name]
-    rankings = [name for name in result.models[0].metrics if "_at_" in name]
+    metrics = [name for name in _LABELS if name in result.models[0].metrics]
+    rankings = sorted((name for name in result.models[0].metrics if "_at_" in name), key=_metric_and_cutoff)
     tables = []
     if rankings and result.queries is not None:
         note = (
@@ -170,8 +170,13 @@ def _tables(result: EvaluationResult) -> list[_Table]:
     return tables
 
 
+def _metric_and_cutoff(metric: str) -> tuple[str, int]:
+    name, _, k = metric.partition("_at_")
+    return name, int(k)
+
+
 def _columns(metrics: Sequence[str], primary: str) -> tuple[_MetricColumn, ...]:
-    first_primary = sorted(metrics, key=lambda name: (name != primary, name.startswith("recall")))
+    first_primary = sorted(metrics, key=lambda name: name != primary)
     return tuple(_MetricColumn(m, metric_label(m), metric_arrow(m), m == primary) for m in first_primary)
 
 
@@ -194,8 +199,9 @@ def _figures(
     if any(estimate.value is not None for _, _, estimate in timed):
         drawn["latency"] = figures.quality_against_latency(timed, label=label, budget_ms=result.latency_budget_ms)
     if curves.models:
-        drawn["roc"] = figures.roc_curves(curves.models, series)
-        drawn["reliability"] = figures.reliability(curves.models, series)
+        ordered = {name: curves.models[name] for name in series if name in curves.models}
+        drawn["roc"] = figures.roc_curves(ordered, series)
+        drawn["reliability"] = figures.reliability(ordered, series)
     periods = [part for part in result.slices if part.dimension in _PERIODS]
     if sum(part.skipped is None for part in periods) > 1:
         drawn["by_period"] = figures.by_period(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.evaluation import BASE_RATE
@@ -128,7 +129,7 @@ def _codes(column: pa.ChunkedArray) -> IntArray:
 PERIODS = ("day", "week", "month")
 
 
-def row_periods(timestamps: pa.ChunkedArray, *, unit: str, max_periods: int) -> list[str]:
+def row_periods(timestamps: pa.ChunkedArray, *, unit: str, max_periods: int) -> NDArray[np.str_]:
     """The UTC day of each row as 2016-03-14, or the first day of its week (from Monday), or its month as 2016-03.
 
     Periods before the last `max_periods` are all "until <period>".
@@ -137,8 +138,9 @@ def row_periods(timestamps: pa.ChunkedArray, *, unit: str, max_periods: int) -> 
     names = [_date(moment)[: 7 if unit == "month" else None] for moment in starts.dictionary.to_pylist()]
     kept = sorted(set(names))[-max_periods:]
     older = sorted(set(names) - set(kept))
-    labels = [name if name in kept else f"until {older[-1]}" for name in names]
-    return [labels[i] for i in starts.indices.to_pylist()]
+    labels = np.array([name if name in kept else f"until {older[-1]}" for name in names])
+    named: NDArray[np.str_] = labels[starts.indices.to_numpy(zero_copy_only=False)]
+    return named
 
 
 def _date(moment: datetime) -> str:

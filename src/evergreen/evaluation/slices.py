@@ -123,8 +123,9 @@ def _by_time(
 ) -> list[Slice]:
     """Slices by day; by week or month where most days hold too little to measure."""
     for unit in PERIODS:
-        periods = np.array(row_periods(timestamps, unit=unit, max_periods=config.max_periods))
-        slices = [make(unit, str(period), periods == period) for period in np.unique(periods)]
+        named = row_periods(timestamps, unit=unit, max_periods=config.max_periods)
+        periods, codes = np.unique(named, return_inverse=True)
+        slices = [make(unit, str(period), codes == i) for i, period in enumerate(periods)]
         # "until …" sorts behind the digits, but is the oldest.
         slices.sort(key=lambda part: (not part.name.startswith("until"), part.name))
         if 2 * sum(part.skipped is None for part in slices) >= len(slices):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import shutil
 import threading
@@ -25,19 +24,16 @@ from evergreen.contracts.mapping import LogKind, Mapping
 from evergreen.contracts.snapshot import Snapshot, SnapshotManifest, event_schema
 from evergreen.ingest.blocks import Block, Reject, int64_array
 from evergreen.ingest.columns import check_columns, check_mapping, needed_columns
+from evergreen.ingest.engine import connect
 from evergreen.ingest.events import write_events
 from evergreen.ingest.parquet import read_names, read_parquet
 from evergreen.ingest.quarantine import Quarantine
-from evergreen.ingest.schema import BLOCK, LEFT_OUT, ORDINAL, REASON, ROW, TIME_US, block_query, literal, value_schema
+from evergreen.ingest.schema import BLOCK, LEFT_OUT, ORDINAL, REASON, ROW, TIME_US, block_query, value_schema
 from evergreen.ingest.sources import SourceFile, list_files
 from evergreen.ingest.staging import Staging
 from evergreen.ingest.text import read_header, read_text
 
 logger = logging.getLogger(__name__)
-
-MEMORY_LIMIT = "800MB"
-"""For DuckDB, which sorts on disk beyond it; Arrow's buffers come on top."""
-MAX_THREADS = 4
 
 _HOUR = timedelta(hours=1)
 _PROGRESS_ROWS = 1_000_000
@@ -62,12 +58,11 @@ def ingest_log(mapping: Mapping, data: str, out: Path, *, as_of: datetime | None
     if as_of is not None and as_of.tzinfo is None:
         raise InputError(f"as_of = {as_of.isoformat()}: has no offset: write {as_of.isoformat()}+00:00 if it is UTC")
     check_mapping(mapping)
-    files = list_files(data, mapping.source)
     with atomic_directory(Path(out)) as folder:
         scratch = folder / ".scratch"
         scratch.mkdir()
-        sources = [_open(file, mapping, scratch) for file in files]
-        with closing(_connect(mapping, scratch)) as connection, Quarantine(folder) as quarantine:
+        with closing(connect(mapping, scratch)) as connection, Quarantine(folder) as quarantine:
+            sources = [_open(file, mapping, scratch) for file in list_files(data, mapping.source)]
             staging = Staging(scratch, value_schema(mapping))
             left_out = _stage(sources, mapping, as_of, staging, quarantine, connection, scratch)
             _check_rows(data, staging, quarantine, left_out, as_of)
@@ -104,17 +99,6 @@ def _open(file: SourceFile, mapping: Mapping, scratch: Path) -> _Source:
             names = read_header(stream, file.name, mapping.source)
     check_columns(mapping, names, file.name)
     return _Source(file, names)
-
-
-def _connect(mapping: Mapping, scratch: Path) -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect()
-    connection.execute(f"SET memory_limit = {literal(MEMORY_LIMIT)}")
-    # Each thread sorts in memory of its own: many of them would not fit.
-    connection.execute(f"SET threads = {min(os.cpu_count() or 1, MAX_THREADS)}")
-    connection.execute(f"SET temp_directory = {literal(str(scratch / 'duckdb'))}")
-    connection.execute("SET enable_progress_bar = false")  # it would go to stdout
-    connection.execute(f"SET TimeZone = {literal(mapping.timestamp.timezone)}")
-    return connection
 
 
 def _stage(

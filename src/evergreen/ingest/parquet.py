@@ -100,7 +100,9 @@ def canonical(column: pa.ChunkedArray, column_name: str, name: str) -> pa.Chunke
         value = type_.value_type
         if not pa.types.is_nested(value) and not pa.types.is_binary(value):
             return column.cast(pa.list_(pa.string()))
-    raise InputError(f"{name}: column {column_name!r} is of type {type_}: no part of the event schema can be made of that")
+    raise InputError(
+        f"{name}: column {column_name!r} is of type {type_}: no part of the event schema can be made of that"
+    )
 
 
 def _trimmed(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -71,6 +71,9 @@ def cut_records(data: bytes, syntax: Syntax, *, first_line: int, at_end: bool) -
     Returns:
         The records, without blank lines.
     """
+    if not data:
+        nothing = np.empty(0, np.int64)
+        return Records(data, nothing, nothing, nothing, consumed=0, num_lines=0)
     content = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(content == _NEWLINE).astype(np.int64) + 1
     starts = np.concatenate(([0], ends[:-1])).astype(np.int64)
@@ -92,9 +95,7 @@ def cut_records(data: bytes, syntax: Syntax, *, first_line: int, at_end: bool) -
     return Records(data, starts, ends, kept + first_line, consumed, num_lines, broken)
 
 
-def _lines_with_loose_quotes(
-    content: NDArray[np.uint8], ends: NDArray[np.int64], syntax: Syntax
-) -> NDArray[np.int64]:
+def _lines_with_loose_quotes(content: NDArray[np.uint8], ends: NDArray[np.int64], syntax: Syntax) -> NDArray[np.int64]:
     """Lines where a quote is not where a well-formed line has it: field start, field end, or doubled."""
     quote = syntax.quote[0]
     places = np.flatnonzero(content == quote)

@@ -62,6 +62,7 @@ class Staging:
             yield from self._batches()
             return
         logger.info("sorting %d rows by time", self.num_rows)
+        connection.execute("SET preserve_insertion_order = false")  # ORDER BY says it all; keeping both takes memory
         connection.register("staged", self._numbered())
         names = ", ".join(f'"{name}"' for name in self._schema.names)
         query = f"SELECT {names} FROM staged ORDER BY {TIME_US}, {ORDINAL}"

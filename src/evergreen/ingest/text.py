@@ -57,7 +57,9 @@ def read_header(stream: BinaryIO, name: str, source: Source) -> tuple[str, ...]:
     if len(records) == 0:
         raise InputError(f"{name}: no header: the file has only blank lines")
     if reason := records.broken.get(0):
-        raise InputError(f"{name}: line {records.lines[0]}: the header cannot be read: {reason}: {records.text(0)[:200]!r}")
+        raise InputError(
+            f"{name}: line {records.lines[0]}: the header cannot be read: {reason}: {records.text(0)[:200]!r}"
+        )
     names = _split(records.text(0), delimiter_of(source, name), source.quote)
     if source.columns and len(source.columns) != len(names):
         raise InputError(

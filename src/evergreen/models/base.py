@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evergreen.contracts.artifact import JsonModel
+from evergreen.contracts.mapping import LogKind
 from evergreen.models.inputs import EncodedRows, InputSpec
 
 
@@ -62,11 +63,11 @@ class ClosedForm(Protocol):
         validation: EncodedRows,
         validation_labels: NDArray[np.float32],
         *,
-        is_rating: bool,
+        kind: LogKind,
     ) -> dict[str, float]:
         """Set the weights.
 
         Returns:
-            What was tried and its validation loss.
+            What was tried, and how it did on validation rows: less is better.
         """
         ...

@@ -1,8 +1,8 @@
 """DeepFM: a factorization machine and a deep network that share their embeddings.
 
-Source: Guo et al. 2017, DeepFM. Deviates: numbers enter the deep part as they are rather than by an embedding each (45
-activity counts would otherwise make nine tenths of its input); a user's history is a field, as in our factorization
-machine; the deep part's last layer starts at zero, so that training starts from the factorization machine.
+Source: Guo et al. 2017, DeepFM. Deviates: numbers have no embedding (45 activity counts would make nine tenths of the
+input); they enter the deep part as they are and the first order by bin. A user's history is a field, as in our
+factorization machine. The deep part's last layer starts at zero, so that training starts from the factorization machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from evergreen.models.layers import multilayer_perceptron
 class DeepFMConfig(FactorizationMachineConfig):
     """Hyper-parameters of DeepFM."""
 
+    numeric_interactions: bool = False
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the deep part's layers."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -38,11 +39,11 @@ class DeepFM(FactorizationMachine):
         self.deep = multilayer_perceptron(
             num_vectors * config.embedding_dim + spec.numeric_width, config.hidden, dropout=config.dropout
         )
-        nn.init.zeros_(self.deep[-1].weight)
-        nn.init.zeros_(self.deep[-1].bias)
+        for parameter in self.deep[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) factorization machine plus deep part."""
-        rows = self.rows(categorical, bags)
-        deep = self.deep(torch.cat([rows[:, :, 1:].flatten(1), numeric], dim=1)).squeeze(1)
-        return self.interactions(rows, numeric) + deep
+        weights, vectors = self.rows(categorical, bags)
+        deep = self.deep(torch.cat([vectors.flatten(1), numeric], dim=1)).squeeze(1)
+        return self.interactions(weights, vectors, numeric) + deep

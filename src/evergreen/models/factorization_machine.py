@@ -25,6 +25,13 @@ class FactorizationMachineConfig(ModelConfig):
     init_std: float = Field(default=0.02, gt=0)
     history_exponent: float = Field(default=0.5, ge=0, le=1)
     """A bag's sum is divided by its number of values to this power; 1 is the mean."""
+    embedding_dropout: float = Field(default=0.2, ge=0, lt=1)
+    numeric_interactions: bool = True
+    """Whether numbers, too, are multiplied with all other features."""
+
+
+_NUMERIC_LIMIT = 3.0
+"""Standard deviations beyond which a number is cut in products: their squares run away when a feature drifts."""
 
 
 class FactorizationMachine(RankingModel):
@@ -42,23 +49,28 @@ class FactorizationMachine(RankingModel):
         with torch.no_grad():
             self.table.weight[:, 0] = 0.0
         self.first_order = FirstOrder(spec)
-        self.numeric_vectors = nn.Parameter(torch.randn(spec.numeric_width, config.embedding_dim) * config.init_std)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.numeric_vectors: nn.Parameter | None = None
+        if config.numeric_interactions:
+            self.numeric_vectors = nn.Parameter(torch.randn(spec.numeric_width, config.embedding_dim) * config.init_std)
 
-    def rows(self, categorical: Tensor, bags: Tensor) -> Tensor:
-        """(N, C + num_bags, 1 + embedding_dim) weight and vector of every field and bag."""
+    def rows(self, categorical: Tensor, bags: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (N, F) and vectors (N, F, embedding_dim) of the F fields and bags of a row."""
         rows = self.table.lookup(categorical)
         if self.spec.bags:
             rows = torch.cat([rows, self.table.pool(bags, exponent=self._exponent)], dim=1)
-        return rows
+        return rows[:, :, 0], self.dropout(rows[:, :, 1:])
 
-    def interactions(self, rows: Tensor, numeric: Tensor) -> Tensor:
+    def interactions(self, weights: Tensor, vectors: Tensor, numeric: Tensor) -> Tensor:
         """(N,) first and second order terms; the second in time linear in the number of features (Rendle's lemma 3.1)."""
-        vectors = rows[:, :, 1:]
-        total = vectors.sum(dim=1) + numeric @ self.numeric_vectors
-        squares = vectors.square().sum(dim=(1, 2)) + numeric.square() @ self.numeric_vectors.square().sum(dim=1)
+        total, squares = vectors.sum(dim=1), vectors.square().sum(dim=(1, 2))
+        if self.numeric_vectors is not None:
+            limited = numeric.clamp(-_NUMERIC_LIMIT, _NUMERIC_LIMIT)
+            total = total + limited @ self.numeric_vectors
+            squares = squares + limited.square() @ self.numeric_vectors.square().sum(dim=1)
         second = 0.5 * (total.square().sum(dim=1) - squares)
-        return rows[:, :, 0].sum(dim=1) + self.first_order(numeric) + second
+        return weights.sum(dim=1) + self.first_order(numeric) + second
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) first and second order terms."""
-        return self.interactions(self.rows(categorical, bags), numeric)
+        return self.interactions(*self.rows(categorical, bags), numeric)

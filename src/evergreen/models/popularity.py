@@ -1,7 +1,9 @@
 """Popularity: the baseline to beat. Every item has one score, the same for all users.
 
-The score is one column of the item's activity: its positives, or its smoothed rate, over one window. Which column and
-window is chosen by the loss on validation rows.
+The score is one column of the item's activity: its positives, or its smoothed rate, over one window. The column is
+chosen on validation rows, by what the model is for: log loss for clicks, squared error for ratings, and for
+interactions the place of the chosen items in the whole catalogue (drawn negatives are mostly items that nobody wants;
+log loss on them prefers a window that is far too long for the top of a list).
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evergreen.contracts.feature_tables import WINDOWS_HOURS
+from evergreen.contracts.mapping import LogKind
 from evergreen.models.base import ModelConfig, RankingModel
 from evergreen.models.calibration import fit_platt, sigmoid
+from evergreen.models.encoding import ITEM_FIELD
 from evergreen.models.inputs import EncodedRows, InputSpec
 
 logger = logging.getLogger(__name__)
@@ -57,15 +61,16 @@ class Popularity(RankingModel):
         validation: EncodedRows,
         validation_labels: NDArray[np.float32],
         *,
-        is_rating: bool,
+        kind: LogKind,
     ) -> dict[str, float]:
-        """Fit weight and bias of each candidate column on training rows; keep the one with the least validation loss.
+        """Fit weight and bias of each candidate column on training rows; keep the best on validation rows.
 
         Returns:
-            Validation loss (log loss or mean squared error) by column; a column that speaks against popular items on
-            the training rows is not a candidate.
+            By column, what was compared (less is better): log loss, mean squared error, or one minus the estimated NDCG
+            over the catalogue. A column that speaks against popular items on the training rows is not a candidate.
         """
         losses: dict[str, float] = {}
+        num_items = next((field.num_rows for field in self.spec.categorical if field.name == ITEM_FIELD), 0)
         for place, column in enumerate(self.spec.numeric):
             match = _COLUMN.fullmatch(column.name)
             if match is None:
@@ -74,11 +79,11 @@ class Popularity(RankingModel):
             weights[place] = 1.0
             if column.missing is not None and match[1] == "positives":
                 weights[column.missing] = column.zero  # an item without a row yet has had no positives
-            slope, bias = _line(train.numeric @ weights, train_labels, is_rating=is_rating)
+            slope, bias = _line(train.numeric @ weights, train_labels, kind)
             if slope <= 0:
                 continue
             scores = slope * (validation.numeric @ weights).astype(np.float64) + bias
-            losses[column.name] = _loss(scores, validation_labels, is_rating=is_rating)
+            losses[column.name] = _loss(scores, validation_labels, kind, num_items=num_items)
             if losses[column.name] == min(losses.values()):
                 self.set_output(bias=bias, scale=1.0)
                 self.weights.copy_(torch.from_numpy(slope * weights))
@@ -87,9 +92,9 @@ class Popularity(RankingModel):
         return losses
 
 
-def _line(x: NDArray[np.float32], labels: NDArray[np.float32], *, is_rating: bool) -> tuple[float, float]:
+def _line(x: NDArray[np.float32], labels: NDArray[np.float32], kind: LogKind) -> tuple[float, float]:
     """Slope and bias that fit the labels best."""
-    if not is_rating:
+    if kind is not LogKind.RATINGS:
         fitted = fit_platt(x, labels, min_slope=-np.inf)
         return fitted.slope, fitted.intercept
     values, y = x.astype(np.float64), labels.astype(np.float64)
@@ -98,8 +103,22 @@ def _line(x: NDArray[np.float32], labels: NDArray[np.float32], *, is_rating: boo
     return slope, float(y.mean() - slope * values.mean())
 
 
-def _loss(scores: NDArray[np.float64], labels: NDArray[np.float32], *, is_rating: bool) -> float:
-    if is_rating:
+def _loss(scores: NDArray[np.float64], labels: NDArray[np.float32], kind: LogKind, *, num_items: int) -> float:
+    if kind is LogKind.RATINGS:
         return float(np.square(scores - labels).mean())
+    if kind is LogKind.INTERACTIONS:
+        return 1.0 - _estimated_ndcg(scores, labels, num_items=num_items)
     p = np.clip(sigmoid(scores), 1e-7, 1 - 1e-7)
     return float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
+
+
+def _estimated_ndcg(scores: NDArray[np.float64], labels: NDArray[np.float32], *, num_items: int) -> float:
+    """NDCG over a catalogue of `num_items`, estimated from a sample of negatives.
+
+    The share of negatives that score above a positive (ties half), times the size of the catalogue, is about its rank.
+    """
+    negatives = np.sort(scores[labels == 0])
+    positives = scores[labels == 1]
+    below = np.searchsorted(negatives, positives, side="left") + np.searchsorted(negatives, positives, side="right")
+    share_above = 1.0 - 0.5 * below / len(negatives)
+    return float((1.0 / np.log2(2.0 + share_above * num_items)).mean())

@@ -24,13 +24,13 @@ class TrainingConfig(JsonModel):
     batch_size: int = Field(default=2048, ge=1)
     """Upper bound; a small training set is cut into at least `min_steps_per_epoch` batches."""
     min_steps_per_epoch: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Adam's, for everything but the table of embeddings."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Adam's, for all but tables."""
     embedding_learning_rate: float = Field(default=0.02, gt=0)
-    """Adagrad's, for the table. Adam moves a row that is seen once as far as one that is seen a thousand times."""
-    embedding_weight_decay: float = Field(default=1e-3, ge=0)
-    """Pull of the table's rows to zero, per batch in which they are looked up."""
-    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Adagrad's, for the table of embeddings. (Adam moves a row that is seen once as far as one seen a thousand times.)"""
+    bin_learning_rate: float = Field(default=0.2, gt=0)
+    """Adagrad's, for the weights of the bins of numbers: each sees a sixteenth of all rows, so it can go fast."""
+    id_dropout: float = Field(default=0.2, ge=0, lt=1)
     """Chance that a user or item id is read as unseen, so that a model leans on more than ids and the unseen rows learn."""
     max_epochs: int = Field(default=20, ge=1)
     evaluations_per_epoch: int = Field(default=4, ge=1)

@@ -139,18 +139,17 @@ def fit_by_gradient(
 
 
 def _optimizers(model: RankingModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    named = dict(model.named_parameters())
-    table = [parameter for name, parameter in named.items() if _is_table(name)]
-    dense = [parameter for name, parameter in named.items() if not _is_table(name)]
+    """Adagrad for parameters of which a batch looks up some rows, Adam for the others."""
+    tables, bins, dense = [], [], []
+    for name, parameter in model.named_parameters():
+        group = tables if name.startswith("table.") else bins if name.endswith("bin_table") else dense
+        group.append(parameter)
+    groups = [(tables, config.embedding_learning_rate), (bins, config.bin_learning_rate)]
+    adagrad = [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=config.learning_rate)]
-    if table:
-        optimizers.append(torch.optim.Adagrad(table, lr=config.embedding_learning_rate, eps=1e-8))
+    if adagrad:
+        optimizers.append(torch.optim.Adagrad(adagrad))
     return optimizers
-
-
-def _is_table(name: str) -> bool:
-    """Whether a parameter is a table of which a batch looks up some rows."""
-    return name.startswith("table.") or name.endswith("bin_table")
 
 
 def _batches(num_rows: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:

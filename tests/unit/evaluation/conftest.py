@@ -86,8 +86,8 @@ _LABELS = {
 def written_world(path: Path, kind: str, rows: dict[str, pa.Table]) -> World:
     """A training set with these rows by split: ROW_FIELDS that are absent become null; `x` is the only feature."""
     mapping = Mapping.load(
-        f'name = "by_hand"\nkind = "{kind}"\n[timestamp]\ncolumn = "time"\n[columns]\nuser_id = "user"\nitem_id = "item"\n'
-        + _LABELS[kind]
+        f'name = "by_hand"\nkind = "{kind}"\n[timestamp]\ncolumn = "time"\n'
+        f'[columns]\nuser_id = "user"\nitem_id = "item"\n{_LABELS[kind]}'
     )
     path.mkdir(parents=True, exist_ok=True)
     end = START + timedelta(days=30)
@@ -216,7 +216,7 @@ def ingested(path: Path, mapping: str, lines: list[str]) -> tuple[Snapshot, Feat
 
 @pytest.fixture(scope="session")
 def reads(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """40 users read what is of their own kind (number mod 4) four times of five, over 40 days; 80 items appear in time."""
+    """40 users read items of their own kind (number mod 4) four times of five; 80 items appear over 40 days."""
     rng = np.random.default_rng(4)
     events = []
     for _ in range(3_000):

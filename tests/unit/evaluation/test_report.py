@@ -22,7 +22,7 @@ def evaluation(clicks, tmp_path_factory):
         tmp_path_factory.mktemp("report") / "evaluation",
         tables=clicks.tables,
         snapshot=clicks.snapshot,
-        config=EvaluationConfig(latency_repetitions=10, num_replicates=50),
+        config=EvaluationConfig(latency_budget_ms=5_000, latency_repetitions=10, num_replicates=50),
     )
 
 

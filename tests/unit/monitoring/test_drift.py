@@ -64,7 +64,8 @@ def write(path, kind: str = "impressions", num_rows: int = 2_000) -> TrainingSet
     path.mkdir(parents=True, exist_ok=True)
     label = {"impressions": '[label]\ncolumn = "click"', "interactions": ""}[kind]
     mapping = Mapping.load(
-        f'name = "drifting"\nkind = "{kind}"\n[timestamp]\ncolumn = "t"\n[columns]\nuser_id = "u"\nitem_id = "i"\n{label}'
+        f'name = "drifting"\nkind = "{kind}"\n[timestamp]\ncolumn = "t"\n'
+        f'[columns]\nuser_id = "u"\nitem_id = "i"\n{label}'
     )
     splits = {}
     for split, day in {"train": 0, "validation": 10, "test": 20}.items():
