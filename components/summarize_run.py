@@ -10,8 +10,13 @@ def summarize_run(
     snapshot: dsl.Input[dsl.Dataset],
     training_set: dsl.Input[dsl.Dataset],
     evaluation: dsl.Input[dsl.Artifact],
-    step_usages: list,
-    model_usages: list,
+    ingest_usage: dict,
+    feature_tables_usage: dict,
+    training_set_usage: dict,
+    training_usages: list,
+    evaluation_usage: dict,
+    drift_usage: dict,
+    materialize_usage: dict,
     summary: dsl.Output[dsl.Artifact],
 ) -> None:
     """Gather what the artifacts say of themselves, and what each step took.
@@ -20,8 +25,13 @@ def summarize_run(
         snapshot: the log.
         training_set: the three splits.
         evaluation: metrics of all models and the choice.
-        step_usages: time and memory of the single steps.
-        model_usages: time and memory of the training of each model.
+        ingest_usage: time and memory of `ingest_log`.
+        feature_tables_usage: of `build_feature_tables`.
+        training_set_usage: of `build_training_set`.
+        training_usages: of `train_model`, for each model.
+        evaluation_usage: of `evaluate_models`.
+        drift_usage: of `report_drift`.
+        materialize_usage: of `materialize_features`.
         summary: summary.json.
     """
     from pathlib import Path
@@ -37,6 +47,14 @@ def summarize_run(
             Snapshot.load(Path(snapshot.path)),
             TrainingSet.load(Path(training_set.path)),
             Evaluation.load(Path(evaluation.path)),
-            [*step_usages, *model_usages],
+            [
+                ingest_usage,
+                feature_tables_usage,
+                training_set_usage,
+                *training_usages,
+                evaluation_usage,
+                drift_usage,
+                materialize_usage,
+            ],
         )
         result.write(Path(summary.path))

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import io
 import json
+import logging
 import re
 import threading
 from collections import deque
@@ -79,7 +80,8 @@ def run_locally(
         RuntimeError: a step failed without saying so; the message ends with the last lines of its log.
     """
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
-    own_print = builtins.print
+    own_print, root_logger = builtins.print, logging.getLogger()
+    own_handlers, own_level = root_logger.handlers[:], root_logger.level
     with log.open("w", encoding="utf-8") as file:
         stream = _StepLog(file, on_progress)
         try:
@@ -91,5 +93,8 @@ def run_locally(
             tail = "\n".join(f"    {line}" for line in stream.tail)
             raise RuntimeError(f"{_ANSI.sub('', str(error))}\n{tail}\nThe whole log is {log}.") from error
         finally:
-            builtins.print = own_print  # kfp.local wraps it, and two parallel steps may restore it in the wrong order
+            # kfp.local wraps both, and two parallel steps may restore them in the wrong order.
+            builtins.print = own_print
+            root_logger.handlers[:] = own_handlers
+            root_logger.setLevel(own_level)
     return outputs

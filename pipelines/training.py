@@ -68,15 +68,13 @@ def training_pipeline(
         snapshot=snapshot,
         training_set=rows,
         evaluation=evaluated.outputs["evaluation"],
-        step_usages=[
-            ingested.outputs["usage"],
-            features.outputs["usage"],
-            built.outputs["usage"],
-            evaluated.outputs["usage"],
-            drift.outputs["usage"],
-            materialized.outputs["usage"],
-        ],
-        model_usages=dsl.Collected(trained.outputs["usage"]),
+        ingest_usage=ingested.outputs["usage"],
+        feature_tables_usage=features.outputs["usage"],
+        training_set_usage=built.outputs["usage"],
+        training_usages=dsl.Collected(trained.outputs["usage"]),
+        evaluation_usage=evaluated.outputs["usage"],
+        drift_usage=drift.outputs["usage"],
+        materialize_usage=materialized.outputs["usage"],
     )
     return TrainingOutputs(
         champion=evaluated.outputs["champion"],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from evergreen.cli.options import INSTANT
+
+if TYPE_CHECKING:
+    from evergreen.serving.schema import RankedItem, Recommendation
 
 
 @click.command()
@@ -28,7 +31,7 @@ def recommend(
     candidates: str | None,
     context: Sequence[str],
     at: datetime | None,
-    protocol: str,
+    protocol: Literal["v1", "v2"],
 ) -> None:
     """Ask a served model for recommendations and print them."""
     values = dict(_context_value(entry) for entry in context)
@@ -47,20 +50,27 @@ def recommend(
     echo_recommendations(answer)
 
 
-def _context_value(entry: str) -> tuple[str, str | float]:
+def _context_value(entry: str) -> tuple[str, str]:
     name, separator, value = entry.partition("=")
     if not separator:
         raise click.UsageError(f"--context {entry!r}: write NAME=VALUE")
-    try:
-        return name, float(value)
-    except ValueError:
-        return name, value
+    return name, value
 
 
-def echo_recommendations(answer: Any) -> None:
+def echo_recommendations(answer: Recommendation) -> None:
     """Print one answer as a table."""
-    known = "" if answer.known_user else " (new to the model)"
-    click.echo(f"user {answer.user_id}{known}, model {answer.model_version}")
+    who = "anybody" if answer.user_id is None else f"user {answer.user_id}"
+    known = " (new to the model)" if answer.user_id is not None and not answer.known_user else ""
+    click.echo(f"{who}{known}, model {answer.model_version}")
     for item in answer.items:
-        value = f"p = {item.probability:.4f}" if item.probability is not None else f"rating = {item.rating:.2f}"
-        click.echo(f"  {item.rank:>3}  {item.item_id:<24} {value}")
+        click.echo(f"  {item.rank:>3}  {item.item_id:<24} {_value(item)}")
+    if not answer.items:
+        click.echo(f"  {_value(answer)}")
+    if answer.unknown_items:
+        click.echo(f"  scored as new items: {', '.join(answer.unknown_items)}")
+    for note in answer.notes:
+        click.echo(f"  note: {note}")
+
+
+def _value(answer: RankedItem | Recommendation) -> str:
+    return f"p = {answer.probability:.4f}" if answer.probability is not None else f"rating = {answer.rating:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import click
@@ -21,4 +22,6 @@ def serve(model: Path, feature_store: Path | None, port: int, name: str) -> None
     """Serve recommendations over KServe V1 and V2 HTTP until interrupted."""
     from evergreen.serving.server import serve as serve_model
 
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("evergreen").setLevel(logging.INFO)
     serve_model(model, feature_store or model.resolve().parent / "feature_store", port=port, name=name)

@@ -27,7 +27,8 @@ def simulate_log_command(
 
     The log is OUT/events, to be read with `--mapping simulated`; the truth is OUT/truth, which training never reads.
     """
-    from evergreen.simulator.log import SimulatorConfig, simulate_log
+    from evergreen.simulator.config import SimulatorConfig
+    from evergreen.simulator.log import simulate_log
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = SimulatorConfig(

@@ -17,7 +17,8 @@ def int64_array(values: NDArray[np.int64]) -> pa.Array:
 
 def int64_values(array: pa.Array) -> NDArray[np.int64]:
     """The integers of an Arrow array without nulls, without a copy. (`array.to_numpy()` imports pandas.)"""
-    return np.from_dlpack(array)
+    values: NDArray[np.int64] = np.from_dlpack(array).view(np.int64)
+    return values
 
 
 @dataclass(frozen=True)

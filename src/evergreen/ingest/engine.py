@@ -1,4 +1,4 @@
-"""The DuckDB connection that checks and sorts rows, within a fixed amount of memory."""
+"""The DuckDB connection that checks and counts rows, within a fixed amount of memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from evergreen.contracts.mapping import Mapping
 from evergreen.ingest.schema import literal
 
 MEMORY_LIMIT = "800MB"
-"""What DuckDB sorts in; beyond it, on disk. Arrow's buffers come on top."""
+"""Beyond it DuckDB works on disk. Arrow's buffers come on top."""
 
 MAX_THREADS = 4
-"""Each thread sorts in memory of its own: those of a large machine would not fit."""
+"""Each thread works in memory of its own: those of a large machine would not fit."""
 
 
 def connect(mapping: Mapping, scratch: Path) -> duckdb.DuckDBPyConnection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def _days(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBat
             continue
         days = int64_values(batch.column(TIME_US)) // _DAY_US
         cuts = [0, *(np.flatnonzero(np.diff(days)) + 1).tolist(), len(batch)]
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in pairwise(cuts):
             yield int(days[start]), batch.slice(start, end - start)
 
 

@@ -7,7 +7,7 @@ import queue
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -46,7 +46,8 @@ def ingest_log(mapping: Mapping, data: str, out: Path, *, as_of: datetime | None
         mapping: how the log's columns become the event schema.
         data: path or fsspec URL of a file or a folder; CSV, TSV or Parquet, compressed or not.
         out: directory of the snapshot; whatever it held is replaced.
-        as_of: with an offset; events at or after it are left out and counted. Default: the full hour after the last event.
+        as_of: with an offset; events at or after it are left out and counted. Default: the full hour after the last
+            event.
 
     Returns:
         The snapshot. Rows that break the schema are in its quarantine, with source, line and reason.
@@ -117,21 +118,19 @@ def _stage(
     for source in sources:
         logger.info("reading %s", source.file.name)
         before = num_records
-        for block in _ahead(source.blocks(mapping, scratch)):
-            rows = _checked(block, before, mapping, as_of, connection)
-            rejects = block.rejects + [
-                Reject(int(block.lines[i]), reason, block.row_text(i)) for i, reason in _with(rows, REASON)
-            ]
-            for reject in sorted(rejects, key=lambda reject: reject.line):
-                quarantine.add(source.file.name, reject)
-            rows = rows.filter(pc.is_null(rows[REASON])) if rows[REASON].null_count < len(rows) else rows
-            for value in pc.value_counts(rows[LEFT_OUT].drop_null()).to_pylist():
-                left_out[value["values"]] += value["counts"]
-            rows = rows.filter(pc.is_null(rows[LEFT_OUT])) if rows[LEFT_OUT].null_count < len(rows) else rows
-            staging.add(rows.select(schema.names).cast(schema))
-            if num_records // _PROGRESS_ROWS != (num_records + block.num_records) // _PROGRESS_ROWS:
-                logger.info("%d rows read, %d in quarantine", num_records + block.num_records, quarantine.total)
-            num_records += block.num_records
+        with closing(_ahead(source.blocks(mapping, scratch))) as blocks:
+            for block in blocks:
+                rows = _checked(block, before, mapping, as_of, connection)
+                refused = rows.filter(pc.is_valid(rows[REASON])).select([ROW, REASON]).to_pylist()
+                rejects = [Reject(int(block.lines[r[ROW]]), r[REASON], block.row_text(r[ROW])) for r in refused]
+                for reject in sorted(block.rejects + rejects, key=lambda reject: reject.line):
+                    quarantine.add(source.file.name, reject)
+                rows = _without(rows, REASON)
+                left_out.update(rows[LEFT_OUT].drop_null().to_pylist())
+                staging.add(_without(rows, LEFT_OUT).select(schema.names).cast(schema))
+                if num_records // _PROGRESS_ROWS != (num_records + block.num_records) // _PROGRESS_ROWS:
+                    logger.info("%d rows read, %d in quarantine", num_records + block.num_records, quarantine.total)
+                num_records += block.num_records
     staging.close()
     return left_out
 
@@ -148,13 +147,12 @@ def _checked(
     return rows
 
 
-def _with(rows: pa.Table, column: str) -> Iterator[tuple[int, str]]:
-    """Pairs of (row of the block, reason) where there is one."""
-    chosen = rows.filter(pc.is_valid(rows[column])).select([ROW, column])
-    yield from zip(chosen[ROW].to_pylist(), chosen[column].to_pylist(), strict=True)
+def _without(rows: pa.Table, reason: str) -> pa.Table:
+    """The rows that have no such reason."""
+    return rows if rows[reason].null_count == len(rows) else rows.filter(pc.is_null(rows[reason]))
 
 
-def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+def _ahead(blocks: Iterator[Block]) -> Generator[Block, None, None]:
     """The same blocks, read by another thread one ahead: reading and checking both release the interpreter's lock."""
     handed: queue.Queue[Block | BaseException | None] = queue.Queue(maxsize=1)
     stopped = threading.Event()
@@ -219,9 +217,8 @@ def _write(
 ) -> SnapshotManifest:
     """Write the events in time order, and say in the manifest what they are."""
     range_us = _Range()
-    files = write_events(range_us.observe(staging.sorted_batches(connection)), event_schema(mapping), folder)
+    files = write_events(range_us.observe(staging.sorted_batches()), event_schema(mapping), folder)
     first, last = _time(range_us.first), _time(range_us.last)
-    num_users, num_items = staging.count_distinct(connection, "user_id", "item_id")
     impressions = mapping.kind is LogKind.IMPRESSIONS
     num_positives = staging.num_clicked if impressions else staging.num_rows
     if num_positives in (0, staging.num_rows) and impressions:
@@ -230,8 +227,8 @@ def _write(
         mapping=mapping,
         as_of=as_of.astimezone(UTC) if as_of else last.replace(minute=0, second=0, microsecond=0) + _HOUR,
         rows=staging.num_rows,
-        num_users=num_users,
-        num_items=num_items,
+        num_users=staging.count_distinct(connection, "user_id"),
+        num_items=staging.count_distinct(connection, "item_id"),
         num_positives=num_positives,
         first_event=first,
         last_event=last,

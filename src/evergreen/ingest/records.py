@@ -125,7 +125,7 @@ def _resolve(
     unterminated: list[int],
     at_end: bool,
 ) -> int:
-    """Read the suspicious lines one by one; join those that a quoted field spans. Returns the lines that are settled."""
+    """Read the suspicious lines one by one; join those that a quoted field spans. Returns how many are settled."""
     settled = 0
     for line in map(int, suspicious):
         if line < settled:

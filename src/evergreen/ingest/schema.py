@@ -40,7 +40,7 @@ Check = tuple[str, str]
 
 
 def value_schema(mapping: Mapping) -> pa.Schema:
-    """Columns that the query gives beside the row's number and reasons: the snapshot's, with TIME_US for its first two."""
+    """Columns that the query gives beside row number and reasons: the snapshot's, with TIME_US for its first two."""
     fields = [field for field in event_schema(mapping) if field.name not in ("event_id", "event_timestamp")]
     return pa.schema([pa.field(TIME_US, pa.int64()), *fields])
 
@@ -129,7 +129,8 @@ class _Query:
             return f"array_to_string({name}, '|')"
         text = f"CAST({name} AS VARCHAR)"
         if pa.types.is_floating(type_) and whole_numbers:
-            return f"CASE WHEN {name} = trunc({name}) AND abs({name}) < 9e18 THEN CAST(CAST({name} AS BIGINT) AS VARCHAR) ELSE {text} END"
+            whole = f"CAST(CAST({name} AS BIGINT) AS VARCHAR)"
+            return f"CASE WHEN {name} = trunc({name}) AND abs({name}) < 9e18 THEN {whole} ELSE {text} END"
         return text
 
     def _id(self, columns: str | tuple[str, ...] | None) -> str:
@@ -216,7 +217,8 @@ class _Query:
             mended = f"regexp_replace(replace({text}, ',', '.'), '\\s+([+-]\\d)', '\\1')"
             return f"epoch_us(coalesce(TRY_CAST({text} AS TIMESTAMPTZ), TRY_CAST({mended} AS TIMESTAMPTZ)))"
         if time.unit == "ns":  # 2^53 ns are 104 days: doubles will not do
-            return f"coalesce(TRY_CAST({name} AS BIGINT) // 1000, TRY_CAST(floor({self._number(time.column)} / 1e3) AS BIGINT))"
+            decimal = f"TRY_CAST(floor({self._number(time.column)} / 1e3) AS BIGINT)"
+            return f"coalesce(TRY_CAST({name} AS BIGINT) // 1000, {decimal})"
         return f"TRY_CAST(round({self._number(time.column)} * {_UNITS_US[time.unit]:.0f}) AS BIGINT)"
 
     # Layer three: comparisons.

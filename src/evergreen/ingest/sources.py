@@ -102,6 +102,8 @@ def list_files(data: str, source: Source) -> list[SourceFile]:
     Raises:
         InputError: nothing is there, nothing matches, or a file is empty.
     """
+    if not data.strip():
+        raise InputError("the path of the log is empty: give a file, a folder or a URL")
     try:
         filesystem, root = url_to_fs(data if "://" in data else str(Path(data).expanduser()))
         found = _find(filesystem, root, data, source.pattern)

@@ -82,8 +82,9 @@ def read_text(
         columns: those to read.
 
     Yields:
-        Blocks with `columns` as strings without spaces or tabs around them; absent values are empty strings. Rows that are no rows (wrong number of fields, an
-        unterminated quote, bytes that are not text) are among the blocks' rejects, with reason and line.
+        Blocks with `columns` as strings without spaces or tabs around them; absent values are empty strings. Rows that
+        are no rows (wrong number of fields, an unterminated quote, bytes that are not text) are among the blocks'
+        rejects, with reason and line.
     """
     syntax = _syntax(source, name, len(names))
     parse = _parser(syntax, names, columns)
@@ -109,7 +110,7 @@ def _syntax(source: Source, name: str, num_fields: int) -> Syntax:
 
 
 def _pieces(stream: BinaryIO, name: str, source: Source, size: int) -> Iterator[bytes]:
-    """The file as UTF-8, in pieces of about `size` bytes, without byte order mark; every newline is or ends with \\n."""
+    """The file as UTF-8 in pieces of about `size` bytes, without byte order mark; every newline has a \\n."""
     chunk = stream.read(size)
     is_utf8 = codecs.lookup(source.encoding).name == "utf-8"
     if is_utf8 and chunk.startswith(_UTF16_BOMS):

@@ -13,6 +13,8 @@ from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.mapping import LogKind
 from evergreen.models.inputs import EncodedRows, InputSpec
 
+_CHUNK_ROWS = 16_384
+
 
 class ModelConfig(JsonModel):
     """Hyper-parameters of a model. Each model has its own subclass."""
@@ -50,6 +52,19 @@ class RankingModel(nn.Module):
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) what the row adds to the bias."""
         raise NotImplementedError
+
+
+def score_rows(model: RankingModel, rows: EncodedRows) -> NDArray[np.float32]:
+    """(num_rows,) scores of encoded rows, in chunks, without dropout."""
+    parts = [np.empty(0, np.float32)]
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            parts.append(model(*rows.inputs(slice(start, start + _CHUNK_ROWS))).numpy())
+    if training:
+        model.train()
+    return np.concatenate(parts)
 
 
 @runtime_checkable

@@ -33,7 +33,9 @@ def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def fit_platt(scores: NDArray[np.floating], labels: NDArray[np.floating], *, min_slope: float = _MIN_SLOPE) -> Calibration:
+def fit_platt(
+    scores: NDArray[np.floating], labels: NDArray[np.floating], *, min_slope: float = _MIN_SLOPE
+) -> Calibration:
     """Fit slope and intercept by Newton's method.
 
     Args:

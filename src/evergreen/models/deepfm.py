@@ -2,7 +2,7 @@
 
 Source: Guo et al. 2017, DeepFM. Deviates: numbers have no embedding (45 activity counts would make nine tenths of the
 input); they enter the deep part as they are and the first order by bin. A user's history is a field, as in our
-factorization machine. The deep part's last layer starts at zero, so that training starts from the factorization machine.
+factorization machine. The deep part's last layer starts at zero: training starts from the factorization machine.
 """
 
 from __future__ import annotations
@@ -45,5 +45,5 @@ class DeepFM(FactorizationMachine):
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) factorization machine plus deep part."""
         weights, vectors = self.rows(categorical, bags)
-        deep = self.deep(torch.cat([vectors.flatten(1), numeric], dim=1)).squeeze(1)
+        deep: Tensor = self.deep(torch.cat([vectors.flatten(1), numeric], dim=1)).squeeze(1)
         return self.interactions(weights, vectors, numeric) + deep

@@ -177,9 +177,7 @@ class Encoder:
                 f"all {len(features)} features are missing in the training rows ({', '.join(empty[:5])}…): "
                 "there is nothing to learn from; check the mapping's features"
             )
-        return cls(
-            _EncoderState(config=config, features=tuple(features), fields=tuple(fields), numeric=tuple(numeric))
-        )
+        return cls(_EncoderState(config=config, features=tuple(features), fields=tuple(fields), numeric=tuple(numeric)))
 
     def transform(self, table: pa.Table) -> EncodedRows:
         """Encode a table.

@@ -25,7 +25,6 @@ class FactorizationMachineConfig(ModelConfig):
     init_std: float = Field(default=0.02, gt=0)
     history_exponent: float = Field(default=0.5, ge=0, le=1)
     """A bag's sum is divided by its number of values to this power; 1 is the mean."""
-    embedding_dropout: float = Field(default=0.2, ge=0, lt=1)
     numeric_interactions: bool = True
     """Whether numbers, too, are multiplied with all other features."""
 
@@ -49,7 +48,6 @@ class FactorizationMachine(RankingModel):
         with torch.no_grad():
             self.table.weight[:, 0] = 0.0
         self.first_order = FirstOrder(spec)
-        self.dropout = nn.Dropout(config.embedding_dropout)
         self.numeric_vectors: nn.Parameter | None = None
         if config.numeric_interactions:
             self.numeric_vectors = nn.Parameter(torch.randn(spec.numeric_width, config.embedding_dim) * config.init_std)
@@ -59,17 +57,18 @@ class FactorizationMachine(RankingModel):
         rows = self.table.lookup(categorical)
         if self.spec.bags:
             rows = torch.cat([rows, self.table.pool(bags, exponent=self._exponent)], dim=1)
-        return rows[:, :, 0], self.dropout(rows[:, :, 1:])
+        return rows[:, :, 0], rows[:, :, 1:]
 
     def interactions(self, weights: Tensor, vectors: Tensor, numeric: Tensor) -> Tensor:
-        """(N,) first and second order terms; the second in time linear in the number of features (Rendle's lemma 3.1)."""
+        """(N,) first and second order terms; the second in linear time (Rendle's lemma 3.1)."""
         total, squares = vectors.sum(dim=1), vectors.square().sum(dim=(1, 2))
         if self.numeric_vectors is not None:
             limited = numeric.clamp(-_NUMERIC_LIMIT, _NUMERIC_LIMIT)
             total = total + limited @ self.numeric_vectors
             squares = squares + limited.square() @ self.numeric_vectors.square().sum(dim=1)
         second = 0.5 * (total.square().sum(dim=1) - squares)
-        return weights.sum(dim=1) + self.first_order(numeric) + second
+        total_score: Tensor = weights.sum(dim=1) + self.first_order(numeric) + second
+        return total_score
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) first and second order terms."""

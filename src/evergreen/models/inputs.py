@@ -90,7 +90,7 @@ class ModelInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Bag:
-    """Ragged rows: the values of row i are values[offsets[i]:offsets[i + 1]]. Memory follows the values, not the width."""
+    """Ragged rows: the values of row i are values[offsets[i]:offsets[i + 1]]; no memory goes into padding."""
 
     values: NDArray[np.int32]
     offsets: NDArray[np.int64]

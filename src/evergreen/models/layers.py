@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from evergreen.models.inputs import PAD, InputSpec
 
@@ -25,7 +25,7 @@ class SharedTable(nn.Module):
 
     def lookup(self, categorical: Tensor) -> Tensor:
         """(N, C, width) rows of (N, C) fields."""
-        return F.embedding(categorical, self.weight)
+        return functional.embedding(categorical, self.weight)
 
     def pool(self, bags: Tensor, *, exponent: float) -> Tensor:
         """(N, num_bags, width) sums of the bags' rows, each divided by its number of values to the power `exponent`.
@@ -34,8 +34,8 @@ class SharedTable(nn.Module):
         long history say more than a short one.
         """
         pooled = []
-        for rows in bags.split(self._widths, dim=1):
-            total = F.embedding_bag(rows, self.weight, mode="sum", padding_idx=PAD)
+        for rows in torch.split(bags, self._widths, dim=1):
+            total = functional.embedding_bag(rows, self.weight, mode="sum", padding_idx=PAD)
             count = (rows != PAD).sum(dim=1, keepdim=True).clamp(min=1).to(total.dtype)
             pooled.append(total / count**exponent)
         return torch.stack(pooled, dim=1)
@@ -70,7 +70,7 @@ class FirstOrder(nn.Module):
         total: Tensor = self.linear(numeric).squeeze(1)
         columns = numeric[:, : len(self.bin_start)].t().contiguous()
         place = torch.searchsorted(self.boundaries, columns, right=True).t() + self.bin_start
-        return total + F.embedding(place, self.bin_table).sum(dim=(1, 2))
+        return total + functional.embedding_bag(place, self.bin_table, mode="sum").squeeze(1)
 
 
 def multilayer_perceptron(num_inputs: int, hidden: tuple[int, ...], *, dropout: float) -> nn.Sequential:

@@ -36,7 +36,7 @@ class LogisticRegression(RankingModel):
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) sum of the weights."""
-        total = self.table.lookup(categorical).sum(dim=(1, 2)) + self.first_order(numeric)
+        total: Tensor = self.table.lookup(categorical).sum(dim=(1, 2)) + self.first_order(numeric)
         if self._multi:
             total = total + self.table.pool(bags, exponent=1.0)[:, self._multi].sum(dim=(1, 2))
         return total

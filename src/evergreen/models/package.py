@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from pydantic import AwareDatetime
 from safetensors import SafetensorError
@@ -35,14 +34,13 @@ from evergreen.contracts.artifact import JsonModel, atomic_directory, canonical_
 from evergreen.contracts.errors import ArtifactError, TrainingError
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import Feature
-from evergreen.models.base import RankingModel
+from evergreen.models.base import RankingModel, score_rows
 from evergreen.models.calibration import Calibration
 from evergreen.models.encoding import Encoder
 from evergreen.models.inputs import EncodedRows
 from evergreen.models.registry import build_model, model_config
 
 FORMAT_VERSION = 1
-_CHUNK_ROWS = 16_384
 
 
 class ModelInfo(JsonModel):
@@ -172,19 +170,6 @@ class ModelPackage:
         if self.calibration is not None:
             return self.calibration.apply(scores)
         return np.clip(scores.astype(np.float64), self.info.rating_minimum, self.info.rating_maximum)
-
-
-def score_rows(model: RankingModel, rows: EncodedRows) -> NDArray[np.float32]:
-    """(num_rows,) scores of encoded rows, in chunks, without dropout."""
-    parts = [np.empty(0, np.float32)]
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            parts.append(model(*rows.inputs(slice(start, start + _CHUNK_ROWS))).numpy())
-    if training:
-        model.train()
-    return np.concatenate(parts)
 
 
 def write_package(

@@ -88,7 +88,9 @@ class Popularity(RankingModel):
                 self.set_output(bias=bias, scale=1.0)
                 self.weights.copy_(torch.from_numpy(slope * weights))
         if not losses:
-            logger.warning("popularity: no column item_positives_* or item_rate_* that helps: every row gets the base rate")
+            logger.warning(
+                "popularity: no column item_positives_* or item_rate_* that helps: every row gets the base rate"
+            )
         return losses
 
 

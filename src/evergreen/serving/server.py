@@ -6,6 +6,7 @@ import copy
 import errno
 import logging
 import socket
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from evergreen.contracts.errors import ArtifactError, EvergreenError
 
 logger = logging.getLogger(__name__)
+
+_FEAST_CONFIG = "feature_store.yaml"
 
 
 def serve(model: Path, feature_store: Path, *, port: int, name: str = "evergreen", host: str = "0.0.0.0") -> None:
@@ -29,10 +32,14 @@ def serve(model: Path, feature_store: Path, *, port: int, name: str = "evergreen
         ArtifactError: a directory is missing or is not what it should be.
         EvergreenError: the port cannot be had.
     """
-    for path, what in ((model, "model package"), (feature_store, "feature store")):
+    # What can be told at once is told before kserve, torch and Feast are imported, which takes ten seconds and more.
+    for path, what, marker in ((model, "model package", "model.json"), (feature_store, "feature store", _FEAST_CONFIG)):
         if not Path(path).is_dir():
             raise ArtifactError(f"{path}: no such directory; give the {what} that `evergreen run` wrote")
-    # First of all, because it takes no time: nobody should wait for a model to hear that a port is taken.
+        if not (Path(path) / marker).is_file():
+            raise ArtifactError(
+                f"{path}: no {marker} in it, so it is no {what}; give the one that `evergreen run` wrote"
+            )
     with listen_on(host, port) as listener:
         from evergreen.serving.predictor import RecommenderModel
         from evergreen.serving.recommender import Recommender
@@ -89,6 +96,8 @@ def build_server(predictor: Any, listener: socket.socket) -> Any:
     from evergreen.serving.protocol import CallerMistakes, FixedRepository, RecommenderDataPlane, install_handlers
 
     kserve_logging.configure_logging(quiet(kserve_logging.KSERVE_LOG_CONFIG, CallerMistakes))
+    # kserve 0.21 answers in a way that this FastAPI deprecates; whoever reads the server's log can do nothing about it.
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
     port = listener.getsockname()[1]
     model_server = kserve.ModelServer(http_port=port, workers=1, enable_grpc=False, enable_latency_logging=False)
     model_server.register_model(predictor)

@@ -27,16 +27,18 @@ class TrainingConfig(JsonModel):
     learning_rate: float = Field(default=3e-3, gt=0)
     """Adam's, for all but tables."""
     embedding_learning_rate: float = Field(default=0.02, gt=0)
-    """Adagrad's, for the table of embeddings. (Adam moves a row that is seen once as far as one seen a thousand times.)"""
+    """Adagrad's, for the table of embeddings: Adam moves a row seen once as far as one seen a thousand times."""
     bin_learning_rate: float = Field(default=0.2, gt=0)
     """Adagrad's, for the weights of the bins of numbers: each sees a sixteenth of all rows, so it can go fast."""
-    id_dropout: float = Field(default=0.2, ge=0, lt=1)
-    """Chance that a user or item id is read as unseen, so that a model leans on more than ids and the unseen rows learn."""
+    id_dropout: float = Field(default=0.3, ge=0, lt=1)
+    """Chance that a user or item id is read as unseen: a model leans on more than ids, and unseen rows learn."""
     max_epochs: int = Field(default=20, ge=1)
     evaluations_per_epoch: int = Field(default=4, ge=1)
     """Click models overfit within an epoch, so validation does not wait for its end."""
     patience: int = Field(default=6, ge=1)
-    """Evaluations without a new best after which training stops."""
+    """Evaluations in a row without an improvement after which training stops."""
+    min_improvement: float = Field(default=5e-4, ge=0)
+    """Share of the loss that counts as an improvement. The best weights are kept, however little they are better."""
     max_validation_rows: int = Field(default=200_000, ge=1)
     """Rows that early stopping looks at, spread evenly over the split."""
     num_threads: int = Field(default=1, ge=1)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from evergreen.contracts.errors import TrainingError
-from evergreen.models.base import RankingModel
+from evergreen.models.base import RankingModel, score_rows
 from evergreen.models.inputs import EncodedRows, ModelInputs
 from evergreen.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-_SCORING_ROWS = 16_384
 _ID_FIELDS = ("user_id", "item_id")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -45,29 +45,19 @@ class CurvePoint:
 
     step: int
     epoch: float
-    train_loss: float
+    train_loss: float | None
+    """None before the first step."""
     validation_loss: float
 
 
 def click_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits."""
-    return F.binary_cross_entropy_with_logits(scores, labels)
+    return functional.binary_cross_entropy_with_logits(scores, labels)
 
 
 def rating_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Squared error."""
-    return F.mse_loss(scores, labels)
-
-
-def score_rows(model: RankingModel, rows: EncodedRows) -> NDArray[np.float32]:
-    """(N,) scores of encoded rows, in chunks."""
-    model.eval()
-    with torch.inference_mode():
-        parts = [
-            model(*rows.inputs(slice(start, start + _SCORING_ROWS))).numpy()
-            for start in range(0, len(rows), _SCORING_ROWS)
-        ]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+    return functional.mse_loss(scores, labels)
 
 
 def fit_by_gradient(
@@ -100,8 +90,8 @@ def fit_by_gradient(
     def validation_loss() -> float:
         return float(loss(torch.from_numpy(score_rows(model, watched.rows)), torch.from_numpy(watched.labels)))
 
-    curve = [CurvePoint(0, 0.0, float("nan"), validation_loss())]
-    best, best_weights = math.inf, _copy(model)
+    curve = [CurvePoint(0, 0.0, None, validation_loss())]
+    best, best_weights = sys.float_info.max, _copy(model)
     waited, step, summed, started = 0, 0, 0.0, time.perf_counter()
     for batch in _batches(len(train), batch_size, config.max_epochs, generator):
         model.train()
@@ -116,23 +106,25 @@ def fit_by_gradient(
         summed += value.item()
         if step % interval:
             continue
-        point = CurvePoint(step, step / steps_per_epoch, summed / interval, validation_loss())
+        train_loss = summed / interval
+        point = CurvePoint(step, step / steps_per_epoch, train_loss, validation_loss())
         curve.append(point)
-        if not (math.isfinite(point.train_loss) and math.isfinite(point.validation_loss)):
+        if not (math.isfinite(train_loss) and math.isfinite(point.validation_loss)):
             raise TrainingError(
-                f"model {config.model}: the loss is {point.train_loss} in training and {point.validation_loss} on "
+                f"model {config.model}: the loss is {train_loss} in training and {point.validation_loss} on "
                 f"validation at step {step}: lower learning_rate ({config.learning_rate}) and embedding_learning_rate "
                 f"({config.embedding_learning_rate}), or look for extreme values in the labels"
             )
         rate = step * batch_size / (time.perf_counter() - started)
         logger.info(
             "%s epoch %.2f: loss %.5f, validation %.5f, %.0f samples/s",
-            config.model, point.epoch, point.train_loss, point.validation_loss, rate,
+            config.model, point.epoch, train_loss, point.validation_loss, rate,
         )  # fmt: skip
         summed = 0.0
+        waited = 0 if point.validation_loss < best - config.min_improvement * abs(best) else waited + 1
         if point.validation_loss < best:
-            best, best_weights, waited = point.validation_loss, _copy(model), 0
-        elif (waited := waited + 1) >= config.patience:
+            best, best_weights = point.validation_loss, _copy(model)
+        if waited >= config.patience:
             break
     model.load_state_dict(best_weights)
     return curve

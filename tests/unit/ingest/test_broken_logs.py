@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evergreen.contracts.errors import InputError
+from evergreen.ingest.log import ingest_log
 
 HEADER = "time,user,item,click\n"
 ROWS = "".join(f"2024-01-{1 + i % 28:02d}T00:00:00Z,u{i % 7},i{i % 5},{i % 2}\n" for i in range(2000))
@@ -137,10 +138,13 @@ def test_folder_of_mixed_schema_is_refused_before_a_row_is_read(ingest: Any, cli
     assert _refused(ingest, clicks(), tmp_path / "logs").startswith("b.csv: a column is missing")
 
 
-def test_unknown_protocol(ingest: Any, clicks: Any, tmp_path: Path) -> None:
-    from evergreen.ingest.log import ingest_log
+def test_no_path(clicks: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="path of the log is empty"):
+        ingest_log(clicks(), "", tmp_path / "snapshot")
 
-    with pytest.raises(InputError, match="nope://bucket/log.csv: cannot be opened"):
+
+def test_unknown_protocol(clicks: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nope://bucket/log\.csv: cannot be opened"):
         ingest_log(clicks(), "nope://bucket/log.csv", tmp_path / "snapshot")
 
 

@@ -109,7 +109,7 @@ def test_same_input_gives_the_same_bytes_however_it_is_worked_on(
     log = _log([*_rows(3000), "broken", "2024-01-01,,x,1"])
     first = ingest(clicks(), log).snapshot
     monkeypatch.setattr(text, "BLOCK_BYTES", 5000)
-    monkeypatch.setattr(staging, "_BATCH_ROWS", 777)
+    monkeypatch.setattr(staging, "BATCH_ROWS", 777)
     monkeypatch.setattr(engine, "MAX_THREADS", 1)
     second = ingest(clicks(), log).snapshot
     assert second.manifest == first.manifest
@@ -119,7 +119,7 @@ def test_same_input_gives_the_same_bytes_however_it_is_worked_on(
 
 def test_row_groups_have_a_fixed_size(ingest: Any, clicks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "ROW_GROUP_ROWS", 100)
-    monkeypatch.setattr(staging, "_BATCH_ROWS", 33)
+    monkeypatch.setattr(staging, "BATCH_ROWS", 33)
     snapshot = ingest(clicks(), HEADER + "2024-01-01,u,i,0\n" * 250 + "2024-01-02,u,i,0\n" * 50).snapshot
     sizes = [
         pq.ParquetFile(path).metadata.row_group(n).num_rows
@@ -215,14 +215,17 @@ def test_a_mapping_that_cannot_work_is_refused(ingest: Any, clicks: Any, changes
     assert message in str(error.value)
 
 
-def test_a_log_that_does_not_fit_in_memory_is_sorted_on_disk(
-    ingest: Any, clicks: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("days", [1, 2, 28])
+def test_a_log_that_does_not_fit_in_memory_is_sorted_in_parts(
+    ingest: Any, clicks: Any, monkeypatch: pytest.MonkeyPatch, days: int
 ) -> None:
-    rows = [f"2024-01-{1 + n * 7919 % 28:02d},{'u' * 600}{n},{'i' * 600}{n},0" for n in range(40_000)]  # 48 MB
-    log = _log(rows)
-    within = ingest(clicks(), log).snapshot.id
-    monkeypatch.setattr(engine, "MEMORY_LIMIT", "48MB")
-    assert ingest(clicks(), log).snapshot.id == within
+    """Also where a time is so frequent that its rows alone do not fit: `days` times and one odd row."""
+    rows = [f"2024-01-{1 + n * 7919 % days:02d},u,i{n},0" for n in range(20_000)]
+    log = _log([*rows, "2024-01-01T00:00:01Z,u,odd,0"][::-1])
+    at_once = ingest(clicks(), log).snapshot.id
+    monkeypatch.setattr(staging, "RANGE_BYTES", 100_000)
+    monkeypatch.setattr(staging, "BATCH_ROWS", 1000)
+    assert ingest(clicks(), log).snapshot.id == at_once
 
 
 def test_a_killed_ingest_leaves_no_half_snapshot(tmp_path: Path, clicks: Any) -> None:

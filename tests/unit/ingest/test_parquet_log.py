@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from evergreen.contracts.errors import InputError
 from evergreen.ingest import parquet
+from evergreen.ingest.log import ingest_log
 
 TIME = datetime(2024, 1, 1, 12, tzinfo=UTC)
 
@@ -129,12 +131,8 @@ def test_missing_column(ingest_table: Any) -> None:
 
 
 def test_parquet_inside_an_archive(ingest: Any, clicks: Any, tmp_path: Path) -> None:
-    import zipfile
-
     pq.write_table(pa.table({"time": [TIME], "user": ["u"], "item": ["i"], "click": [1]}), tmp_path / "log.parquet")
     with zipfile.ZipFile(tmp_path / "log.zip", "w") as archive:
         archive.write(tmp_path / "log.parquet", "day/log.parquet")
-    from evergreen.ingest.log import ingest_log
-
     url = f"zip://day::{tmp_path / 'log.zip'}"
     assert ingest_log(clicks(), url, tmp_path / "snapshot").manifest.rows == 1

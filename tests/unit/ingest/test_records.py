@@ -87,7 +87,7 @@ def test_a_carriage_return_inside_quotes_is_data() -> None:
 _FRAGMENTS = ["a", "b", "é", " ", "\t", ":", ",", ",", "::", '"', '"', '""', '",', ',"', "\n", "\n", "\r\n", "\r"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.sampled_from(_FRAGMENTS), max_size=50).map("".join),
     st.sampled_from([",", "::", "\t"]),
@@ -112,7 +112,7 @@ def test_how_a_file_is_cut_into_pieces_has_no_influence(
     assert read(size) == read(1 << 20)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.tuples(*[st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=8) for _ in range(2)]),

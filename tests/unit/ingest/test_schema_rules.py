@@ -149,8 +149,17 @@ NOT_A_POSITION = "position: not an integer >= 0"
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("3", 3), ("0", 0), ("2.0", 2), ("", None), ("-1", NOT_A_POSITION), ("1.5", NOT_A_POSITION), ("x", NOT_A_POSITION)]
-    + [("3000000000", NOT_A_POSITION), ("inf", NOT_A_POSITION)],
+    [
+        ("3", 3),
+        ("0", 0),
+        ("2.0", 2),
+        ("", None),
+        ("-1", NOT_A_POSITION),
+        ("1.5", NOT_A_POSITION),
+        ("x", NOT_A_POSITION),
+        ("3000000000", NOT_A_POSITION),
+        ("inf", NOT_A_POSITION),
+    ],
 )
 def test_position(one: Any, text: str, expected: object) -> None:
     assert one("position", text, columns={"user_id": "user", "item_id": "item", "position": "x"}) == expected
@@ -158,8 +167,16 @@ def test_position(one: Any, text: str, expected: object) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("0.5", 0.5), ("1", 1.0), ("", None), ("0", "propensity: outside (0, 1]"), ("1.01", "propensity: outside (0, 1]")]
-    + [("-0.1", "propensity: outside (0, 1]"), ("nan", "propensity: not a number"), ("p", "propensity: not a number")],
+    [
+        ("0.5", 0.5),
+        ("1", 1.0),
+        ("", None),
+        ("0", "propensity: outside (0, 1]"),
+        ("1.01", "propensity: outside (0, 1]"),
+        ("-0.1", "propensity: outside (0, 1]"),
+        ("nan", "propensity: not a number"),
+        ("p", "propensity: not a number"),
+    ],
 )
 def test_propensity(one: Any, text: str, expected: object) -> None:
     assert one("propensity", text, columns={"user_id": "user", "item_id": "item", "propensity": "x"}) == expected
@@ -180,8 +197,14 @@ def test_dwell(one: Any, text: str, expected: object) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("1e3", 1000.0), ("-.5", -0.5), ("+7", 7.0), ("true", 1.0), ("False", 0.0), ("", None), ("NaN", "x: not a number")]
-    + [
+    [
+        ("1e3", 1000.0),
+        ("-.5", -0.5),
+        ("+7", 7.0),
+        ("true", 1.0),
+        ("False", 0.0),
+        ("", None),
+        ("NaN", "x: not a number"),
         ("inf", "x: not a number"),
         ("1e999", "x: not a number"),
         ("1_000", "x: not a number"),

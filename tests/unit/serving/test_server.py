@@ -365,20 +365,39 @@ def test_client_is_quick_to_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_port_in_use_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+@pytest.fixture
+def directories(tmp_path: Path) -> tuple[Path, Path]:
+    """What looks like a model package and a feature store from outside."""
+    model, store = tmp_path / "model", tmp_path / "feature_store"
+    for file in (model / "model.json", store / "feature_store.yaml"):
+        file.parent.mkdir()
+        file.touch()
+    return model, store
+
+
+def test_port_in_use_is_told_before_anything_is_loaded(directories: tuple[Path, Path]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(EvergreenError, match=f"port {port} is in use: choose another with --port"):
-            serve(tmp_path, tmp_path, port=port, host="127.0.0.1")
+            serve(*directories, port=port, host="127.0.0.1")
 
 
-def test_missing_directory_is_named(tmp_path: Path) -> None:
+def test_missing_directory_is_named(directories: tuple[Path, Path]) -> None:
+    model, store = directories
     with pytest.raises(ArtifactError, match=r"absent: no such directory; give the model package"):
-        serve(tmp_path / "absent", tmp_path, port=0)
+        serve(model / "absent", store, port=0)
     with pytest.raises(ArtifactError, match=r"absent: no such directory; give the feature store"):
-        serve(tmp_path, tmp_path / "absent", port=0)
+        serve(model, store / "absent", port=0)
+
+
+def test_swapped_directories_are_named(directories: tuple[Path, Path]) -> None:
+    model, store = directories
+    with pytest.raises(ArtifactError, match=r"feature_store: no model\.json in it, so it is no model package"):
+        serve(store, model, port=0)
+    with pytest.raises(ArtifactError, match=r"model: no feature_store\.yaml in it, so it is no feature store"):
+        serve(model, model, port=0)
 
 
 def test_unknown_host_is_named() -> None:
