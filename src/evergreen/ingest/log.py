@@ -116,7 +116,7 @@ def _stage(
     num_records = 0
     schema = value_schema(mapping)
     for source in sources:
-        logger.info("reading %s", source.file.name)
+        logger.debug("reading %s", source.file.name)
         before = num_records
         with closing(_ahead(source.blocks(mapping, scratch))) as blocks:
             for block in blocks:

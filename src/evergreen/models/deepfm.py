@@ -25,7 +25,7 @@ class DeepFMConfig(FactorizationMachineConfig):
     numeric_interactions: bool = False
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the deep part's layers."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
 
 
 class DeepFM(FactorizationMachine):

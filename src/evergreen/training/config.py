@@ -24,12 +24,15 @@ class TrainingConfig(JsonModel):
     batch_size: int = Field(default=2048, ge=1)
     """Upper bound; a small training set is cut into at least `min_steps_per_epoch` batches."""
     min_steps_per_epoch: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Adam's, for all but tables."""
-    embedding_learning_rate: float = Field(default=0.02, gt=0)
+    embedding_learning_rate: float = Field(default=0.1, gt=0)
     """Adagrad's, for the table of embeddings: Adam moves a row seen once as far as one seen a thousand times."""
-    bin_learning_rate: float = Field(default=0.2, gt=0)
-    """Adagrad's, for the weights of the bins of numbers: each sees a sixteenth of all rows, so it can go fast."""
+    bin_learning_rate: float = Field(default=0.05, gt=0)
+    """Adagrad's, for the weights of the bins of numbers."""
+    initial_accumulator: float = Field(default=1e-5, ge=0)
+    """Adagrad's. At 0 the first step of every row is a full one, whatever the gradient: with rare clicks that is noise,
+    and on a simulated log with 1.7 % clicks it costs 0.02 of normalized entropy."""
     id_dropout: float = Field(default=0.3, ge=0, lt=1)
     """Chance that a user or item id is read as unseen: a model leans on more than ids, and unseen rows learn."""
     max_epochs: int = Field(default=20, ge=1)

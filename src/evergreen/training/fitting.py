@@ -140,7 +140,7 @@ def _optimizers(model: RankingModel, config: TrainingConfig) -> list[torch.optim
     adagrad = [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=config.learning_rate)]
     if adagrad:
-        optimizers.append(torch.optim.Adagrad(adagrad))
+        optimizers.append(torch.optim.Adagrad(adagrad, initial_accumulator_value=config.initial_accumulator))
     return optimizers
 
 
