@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from evergreen.contracts.artifact import JsonModel
 
 _MIN_SLOPE = 1e-3  # above 0: calibration may flatten a model that knows nothing, it never turns its order around
-_ITERATIONS = 50
+_ITERATIONS = 100
+_TOLERANCE = 1e-9
 
 
 class Calibration(JsonModel):
@@ -50,29 +51,36 @@ def fit_platt(
     rate = float(y.mean())
     if not 0 < rate < 1:
         raise ValueError(f"calibration needs both classes, the rows have a click rate of {rate}")
-    slope, intercept = 1.0, _shift(x, rate)
+    line = np.array([1.0, _shift(x, rate)])
     for _ in range(_ITERATIONS):
-        p = sigmoid(slope * x + intercept)
+        p = sigmoid(line[0] * x + line[1])
         weight = p * (1 - p)
-        gradient = np.array([(p - y) @ x + slope - 1.0, (p - y).sum()])
+        gradient = np.array([(p - y) @ x + line[0] - 1.0, (p - y).sum()])
         cross = weight @ x
-        hessian = np.array([[weight @ (x * x) + 1.0, cross], [cross, weight.sum() + 1e-12]])
+        hessian = np.array([[weight @ (x * x) + 1.0, cross], [cross, weight.sum() + 1e-9]])
         step = np.linalg.solve(hessian, gradient)
-        largest = float(np.abs(step).max())
-        step *= min(1.0, 5.0 / max(largest, 1e-12))  # far from the optimum a full Newton step may overshoot
-        slope, intercept = slope - float(step[0]), intercept - float(step[1])
-        if largest < 1e-10:
+        # Where the curve is flat a full Newton step overshoots: halve it until the loss falls.
+        loss = _penalised_loss(line, x, y)
+        while not _penalised_loss(line - step, x, y) <= loss and np.abs(step).max() > _TOLERANCE:
+            step = step / 2
+        line = line - step
+        if np.abs(step).max() <= _TOLERANCE:
             break
-    if slope < min_slope:
-        slope, intercept = min_slope, _shift(min_slope * x, rate)
-    return Calibration(slope=slope, intercept=intercept)
+    slope = max(float(line[0]), min_slope)
+    return Calibration(slope=slope, intercept=_shift(slope * x, rate))
+
+
+def _penalised_loss(line: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Cross-entropy of all rows plus the prior on the slope."""
+    logit = line[0] * x + line[1]
+    return float((np.logaddexp(0.0, logit) - y * logit).sum() + 0.5 * (line[0] - 1.0) ** 2)
 
 
 def _shift(logits: NDArray[np.float64], rate: float) -> float:
     """The intercept at which the mean probability is `rate`, by bisection."""
     target = float(np.log(rate / (1 - rate)))
     low, high = target - float(logits.max()), target - float(logits.min())
-    for _ in range(60):
+    for _ in range(100):
         middle = 0.5 * (low + high)
         if float(sigmoid(logits + middle).mean()) < rate:
             low = middle

@@ -52,8 +52,7 @@ class FirstOrder(nn.Module):
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
-        self.linear = nn.Linear(spec.numeric_width, 1, bias=False)
-        nn.init.zeros_(self.linear.weight)
+        self.weight = nn.Parameter(torch.zeros(spec.numeric_width))
         num_columns = len(spec.numeric)
         num_boundaries = max((len(column.boundaries) for column in spec.numeric), default=0)
         # Columns with few distinct quantiles are filled up with infinity: bins that no value reaches.
@@ -67,7 +66,7 @@ class FirstOrder(nn.Module):
 
     def forward(self, numeric: Tensor) -> Tensor:
         """(N,) first order terms of (N, M) numbers."""
-        total: Tensor = self.linear(numeric).squeeze(1)
+        total = numeric @ self.weight
         columns = numeric[:, : len(self.bin_start)].t().contiguous()
         place = torch.searchsorted(self.boundaries, columns, right=True).t() + self.bin_start
         return total + functional.embedding_bag(place, self.bin_table, mode="sum").squeeze(1)

@@ -35,7 +35,7 @@ class TrainingConfig(JsonModel):
     and on a simulated log with 1.7 % clicks it costs 0.02 of normalized entropy."""
     id_dropout: float = Field(default=0.3, ge=0, lt=1)
     """Chance that a user or item id is read as unseen: a model leans on more than ids, and unseen rows learn."""
-    max_epochs: int = Field(default=20, ge=1)
+    max_epochs: int = Field(default=8, ge=1)
     evaluations_per_epoch: int = Field(default=4, ge=1)
     """Click models overfit within an epoch, so validation does not wait for its end."""
     patience: int = Field(default=6, ge=1)
