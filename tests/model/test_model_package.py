@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from evergreen.contracts.artifact import sha256_file
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.training_set import TrainingSet
-from evergreen.models.package import ModelPackage
+from evergreen.models.package import ModelPackage, PackageManifest
 from evergreen.training.trainer import TrainingConfig, train_model
 
 MODELS = ("popularity", "logistic_regression", "factorization_machine", "deepfm")
@@ -114,6 +115,15 @@ def test_altered_file_is_named(name: str, copy: Path) -> None:
     with (copy / name).open("ab") as file:
         file.write(b" ")
     with pytest.raises(ArtifactError, match=f"{name} was altered"):
+        ModelPackage.load(copy)
+
+
+def test_weights_of_another_model_are_refused(packages: dict[str, ModelPackage], copy: Path) -> None:
+    shutil.copy(packages["popularity"].path / "weights.safetensors", copy)
+    manifest = PackageManifest.read(copy / "manifest.json")
+    digest = sha256_file(copy / "weights.safetensors")
+    PackageManifest(files=manifest.files | {"weights.safetensors": digest}).write(copy / "manifest.json")
+    with pytest.raises(ArtifactError, match="the weights do not fit model deepfm"):
         ModelPackage.load(copy)
 
 

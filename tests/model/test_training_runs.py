@@ -10,6 +10,7 @@ import torch
 
 from evergreen.contracts.errors import TrainingError
 from evergreen.contracts.training_set import ColumnKind, TrainingSet
+from evergreen.models.registry import MODEL_NAMES
 from evergreen.training.trainer import TrainingConfig, train_model
 
 FAST = {"max_epochs": 1, "export_program": False}
@@ -91,8 +92,27 @@ def test_diverging_loss_names_the_learning_rate(rating_set: TrainingSet, tmp_pat
     assert not (tmp_path / "p").exists()
 
 
-def test_a_handful_of_rows_is_enough_to_run(make_training_set, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", MODEL_NAMES)
+@pytest.mark.parametrize("kind", list(ColumnKind))
+def test_a_handful_of_rows_with_one_feature_is_enough_to_run(
+    model: str, kind: ColumnKind, make_training_set, tmp_path: Path
+) -> None:
     label = (np.arange(40) % 2 == 0).astype(np.float32)
-    training_set = make_training_set({"x": np.arange(40.0)}, label, NUMBER)
-    package = train_model(training_set, tmp_path / "p", config=TrainingConfig(**FAST))
+    values = {
+        ColumnKind.NUMERIC: np.arange(40.0),
+        ColumnKind.CATEGORICAL: [str(i % 3) for i in range(40)],
+        ColumnKind.SEQUENCE: [[str(i % 3)] for i in range(40)],
+        ColumnKind.MULTI: [[str(i % 3)] for i in range(40)],
+    }
+    training_set = make_training_set({"x": values[kind]}, label, {"x": kind})
+    package = train_model(training_set, tmp_path / "p", config=TrainingConfig(model=model, **FAST))
     assert np.isfinite(package.predict(training_set.read("test"))).all()
+
+
+def test_features_that_say_nothing_are_reported(make_training_set, tmp_path: Path, caplog) -> None:
+    rng = np.random.default_rng(0)
+    label = (rng.random(2000) < 0.5).astype(np.float32)
+    label[1400:1700] = label[1400:1700][::-1]
+    training_set = make_training_set({"x": np.where(np.arange(2000) < 1400, label, 1 - label)}, label, NUMBER)
+    train_model(training_set, tmp_path / "p", config=TrainingConfig(model="logistic_regression", **FAST))
+    assert "no step beat the base rate" in caplog.text

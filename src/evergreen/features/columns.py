@@ -35,9 +35,6 @@ def feature_columns(mapping: Mapping) -> tuple[Feature, ...]:
     Returns:
         user_id and item_id, the columns of `ranker_v1` in its order without raw timestamps (their recency and age
         stand for them), then the mapping's context features.
-
-    Raises:
-        MappingError: the mapping gives a feature the name of a column that Evergreen computes.
     """
     features = [
         Feature(name="user_id", kind=ColumnKind.CATEGORICAL, origin=FeatureOrigin.USER),

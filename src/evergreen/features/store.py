@@ -55,6 +55,7 @@ class FeatureStore:
         self.tables = tables
         self._store = store
         self._schemas = {name: pq.read_schema(tables.table(name)) for name in JOIN_KEYS}
+        self._known_projections: dict[str, dict[str, list[str]]] = {}
 
     @classmethod
     def create(cls, path: Path, tables: FeatureTables) -> FeatureStore:
@@ -222,8 +223,10 @@ class FeatureStore:
 
     def _projections(self, service: str) -> dict[str, list[str]]:
         """Views of a service, and the features that it takes of each."""
-        projections = self._service(service).feature_view_projections
-        return {view.name: [feature.name for feature in view.features] for view in projections}
+        if service not in self._known_projections:  # Feast parses the service anew for every request
+            views = self._service(service).feature_view_projections
+            self._known_projections[service] = {view.name: [f.name for f in view.features] for view in views}
+        return self._known_projections[service]
 
     def _answerable(self, view: str, entities: pa.Table) -> bool:
         keys = JOIN_KEYS.get(view, ("user_id", "item_id", REQUEST_TIMESTAMP))

@@ -67,6 +67,8 @@ class FirstOrder(nn.Module):
     def forward(self, numeric: Tensor) -> Tensor:
         """(N,) first order terms of (N, M) numbers."""
         total = numeric @ self.weight
+        if len(self.bin_start) == 0:
+            return total
         columns = numeric[:, : len(self.bin_start)].t().contiguous()
         place = torch.searchsorted(self.boundaries, columns, right=True).t() + self.bin_start
         return total + functional.embedding_bag(place, self.bin_table, mode="sum").squeeze(1)

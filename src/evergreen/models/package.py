@@ -28,7 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import AwareDatetime
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from evergreen.contracts.artifact import JsonModel, atomic_directory, canonical_json, sha256_file
 from evergreen.contracts.errors import ArtifactError, TrainingError
@@ -198,7 +198,8 @@ def write_package(
     with atomic_directory(out) as scratch:
         info.write(scratch / ModelPackage.MODEL)
         encoder.write(scratch / ModelPackage.ENCODER)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, scratch / ModelPackage.WEIGHTS)
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+        (scratch / ModelPackage.WEIGHTS).write_bytes(save(weights))  # save_file makes it readable by its owner alone
         if calibration is not None:
             calibration.write(scratch / ModelPackage.CALIBRATION)
         text = json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False)

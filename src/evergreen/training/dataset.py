@@ -99,7 +99,8 @@ def build_training_set(
 
 
 def _micros(table: pa.Table) -> NDArray[np.int64]:
-    return table["event_timestamp"].cast(pa.int64()).to_numpy()
+    micros: NDArray[np.int64] = table["event_timestamp"].cast(pa.int64()).to_numpy()
+    return micros
 
 
 def _read_events(snapshot: Snapshot) -> pa.Table:
@@ -180,8 +181,8 @@ def _write(
             "no feature says anything about this log: every column is constant or missing. Name feature columns in the "
             "mapping ([user_features], [item_features], [context_features])"
         )
-    for name, reason in dropped.items():
-        logger.info("feature %s is dropped: %s", name, reason)
+    if dropped:
+        logger.info("%d features say nothing on this log and are dropped: %s", len(dropped), ", ".join(sorted(dropped)))
     names = [field.name for field in ROW_FIELDS]
     names += [feature.name for feature in features if feature.name not in names]
     splits = {}

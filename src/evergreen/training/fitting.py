@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from evergreen.contracts.errors import TrainingError
@@ -85,7 +85,7 @@ def fit_by_gradient(
     optimizers = _optimizers(model, config)
     labels = torch.from_numpy(train.labels)
     unit = float(model.scale) ** 2
-    watched = _thin(validation, config.max_validation_rows)
+    watched = thin(validation, config.max_validation_rows)
 
     def validation_loss() -> float:
         return float(loss(torch.from_numpy(score_rows(model, watched.rows)), torch.from_numpy(watched.labels)))
@@ -132,7 +132,9 @@ def fit_by_gradient(
 
 def _optimizers(model: RankingModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Adagrad for parameters of which a batch looks up some rows, Adam for the others."""
-    tables, bins, dense = [], [], []
+    tables: list[nn.Parameter] = []
+    bins: list[nn.Parameter] = []
+    dense: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         group = tables if name.startswith("table.") else bins if name.endswith("bin_table") else dense
         group.append(parameter)
@@ -146,7 +148,7 @@ def _optimizers(model: RankingModel, config: TrainingConfig) -> list[torch.optim
 
 def _batches(num_rows: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     for _ in range(epochs):
-        yield from torch.randperm(num_rows, generator=generator).split(batch_size)
+        yield from torch.split(torch.randperm(num_rows, generator=generator), batch_size)
 
 
 def _drop_ids(rows: EncodedRows, inputs: ModelInputs, rate: float, generator: torch.Generator) -> ModelInputs:
@@ -161,7 +163,7 @@ def _drop_ids(rows: EncodedRows, inputs: ModelInputs, rate: float, generator: to
     return inputs
 
 
-def _thin(examples: Examples, max_rows: int) -> Examples:
+def thin(examples: Examples, max_rows: int) -> Examples:
     """Every n-th row, such that at most `max_rows` are left."""
     step = math.ceil(len(examples) / max_rows)
     if step == 1:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from evergreen.contracts.mapping import LogKind
-from evergreen.contracts.training_set import TrainingSetManifest
+from evergreen.contracts.training_set import SPLITS, TrainingSetManifest
 from evergreen.models.calibration import Calibration
 from evergreen.models.package import ModelInfo
 
@@ -47,7 +47,7 @@ def model_card(
             f"{split.rows:,}",
             f"{split.label_mean:.5g}",
         )
-        for name, split in training_set.splits.items()
+        for name, split in ((name, training_set.splits[name]) for name in SPLITS)
     ]
     by_kind: dict[str, list[str]] = {}
     for feature in info.features:

@@ -27,7 +27,7 @@ from evergreen.models.inputs import EncodedRows
 from evergreen.models.package import ModelInfo, ModelPackage, write_package
 from evergreen.models.registry import build_model, model_config
 from evergreen.training.config import TrainingConfig
-from evergreen.training.fitting import Examples, click_loss, fit_by_gradient, rating_loss
+from evergreen.training.fitting import Examples, click_loss, fit_by_gradient, rating_loss, thin
 from evergreen.training.model_card import model_card
 
 __all__ = ["TrainingConfig", "train_model"]
@@ -35,7 +35,7 @@ __all__ = ["TrainingConfig", "train_model"]
 logger = logging.getLogger(__name__)
 
 _READ_ROWS = 131_072
-_METRIC_ROWS = 200_000
+_METRIC_ROWS = 50_000
 
 
 def train_model(training_set: TrainingSet, out: Path, *, config: TrainingConfig) -> ModelPackage:
@@ -66,12 +66,12 @@ def train_model(training_set: TrainingSet, out: Path, *, config: TrainingConfig)
         )  # fmt: skip
         model = _fresh_model(config, hyperparameters, encoder, train.labels, training_set.kind)
         history = _fit(model, train, validation, config, training_set.kind)
-        scores = {"train": score_rows(model, train.rows), "validation": score_rows(model, validation.rows)}
-        calibration = None
-        if training_set.kind is not LogKind.RATINGS:
-            calibration = fit_platt(scores["validation"], validation.labels)
+        scores = score_rows(model, validation.rows)
+        calibration = None if training_set.kind is LogKind.RATINGS else fit_platt(scores, validation.labels)
         info = _model_info(training_set, config, hyperparameters, model, train.labels)
-        metrics = _metrics(scores, labels, calibration, info) | history
+        sample = thin(train, _METRIC_ROWS)
+        metrics = history | _metrics("train", score_rows(model, sample.rows), sample.labels, calibration, info)
+        metrics |= _metrics("validation", scores, validation.labels, calibration, info)
         return write_package(
             out,
             info=info,
@@ -178,24 +178,25 @@ def _model_info(
 
 
 def _metrics(
-    scores: dict[str, NDArray[np.float32]],
-    labels: dict[str, NDArray[np.float32]],
+    split: str,
+    scores: NDArray[np.float32],
+    labels: NDArray[np.float32],
     calibration: Calibration | None,
     info: ModelInfo,
 ) -> dict[str, Any]:
-    """Figures by split, of every n-th row where a split is large; validation chose the weights and the calibration."""
-    metrics: dict[str, Any] = {}
-    for split, label in labels.items():
-        thin = slice(None, None, math.ceil(len(label) / _METRIC_ROWS))
-        y, score = label[thin].astype(np.float64), scores[split][thin].astype(np.float64)
-        if calibration is None:
-            rating = np.clip(score, info.rating_minimum, info.rating_maximum)
-            metrics[f"{split}_rmse"] = rmse(y, rating)
-            metrics[f"{split}_rmse_of_mean"] = rmse(y, np.full(len(y), info.label_mean))
-            continue
+    """Figures of a split; validation rows chose the weights and the calibration."""
+    y, score = labels.astype(np.float64), scores.astype(np.float64)
+    if calibration is None:
+        values = {
+            "rmse": rmse(y, np.clip(score, info.rating_minimum, info.rating_maximum)),
+            "rmse_of_mean": rmse(y, np.full(len(y), info.label_mean)),
+        }
+    else:
         p = calibration.apply(score)
-        metrics[f"{split}_log_loss"] = log_loss(y, p)
-        metrics[f"{split}_normalized_entropy"] = normalized_entropy(y, p)
-        metrics[f"{split}_auc"] = auc(y, score)
-        metrics[f"{split}_calibration_error"] = expected_calibration_error(y, p)
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        values = {
+            "log_loss": log_loss(y, p),
+            "normalized_entropy": normalized_entropy(y, p),
+            "auc": auc(y, score),
+            "calibration_error": expected_calibration_error(y, p),
+        }
+    return {f"{split}_{name}": value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,0 +1,157 @@
+"""From a log to its training set: what is a row, what is left out and counted, and that time splits it."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from evergreen.contracts.errors import LeakageError, TrainingError
+from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.mapping import Mapping
+from evergreen.contracts.snapshot import Snapshot
+from evergreen.contracts.training_set import SPLITS, TrainingSet
+from evergreen.features.point_in_time import join_features
+from evergreen.features.tables import build_feature_tables
+from evergreen.ingest.log import ingest_log
+from evergreen.training.dataset import EMBARGO, NOT_IN_CATALOGUE, REPEAT, build_training_set
+
+START = datetime(2025, 3, 1, tzinfo=UTC)
+
+READING = """
+name = "reading"
+kind = "interactions"
+timestamp = { column = "at" }
+negatives_per_positive = 3
+[columns]
+user_id = "who"
+item_id = "what"
+request_id = "session"
+category = "topic"
+[context_features]
+device = "categorical"
+"""
+
+
+class Joined:
+    """The same values as Feast's, by the join that a test elsewhere holds equal to it, without its import."""
+
+    def __init__(self, tables: FeatureTables) -> None:
+        self._tables = tables
+
+    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
+        return join_features(spine, self._tables)
+
+
+def _log(path: Path, num_rows: int) -> None:
+    rng = np.random.default_rng(4)
+    at = START + np.sort(rng.integers(0, 20 * 86_400, num_rows)) * timedelta(seconds=1)
+    what = rng.integers(0, 40, num_rows)
+    pq.write_table(
+        pa.table(
+            {
+                "at": pa.array(at.tolist(), pa.timestamp("us", tz="UTC")),
+                "who": [f"u{n}" for n in rng.integers(0, 30, num_rows)],
+                "what": [f"i{n}" for n in what],
+                "session": [f"s{n}" for n in rng.integers(0, 300, num_rows)],
+                "topic": [f"t{n % 5}" for n in what],
+                "device": rng.choice(["phone", "desk"], num_rows).tolist(),
+            }
+        ),
+        path,
+    )
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshot, FeatureTables]:
+    folder = tmp_path_factory.mktemp("training_set")
+    _log(folder / "log.parquet", 1500)
+    snapshot = ingest_log(Mapping.load(READING), str(folder / "log.parquet"), folder / "snapshot")
+    return snapshot, build_feature_tables(snapshot, folder / "tables")
+
+
+@pytest.fixture(scope="module")
+def built(log: tuple[Snapshot, FeatureTables], tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    snapshot, tables = log
+    return build_training_set(snapshot, tables, Joined(tables), tmp_path_factory.mktemp("out") / "set", seed=1)
+
+
+def test_every_event_is_a_positive_row_or_counted_with_a_reason(
+    log: tuple[Snapshot, FeatureTables], built: TrainingSet
+) -> None:
+    left_out = built.manifest.left_out
+    positives = sum(info.positives for info in built.manifest.splits.values())
+    assert left_out[NOT_IN_CATALOGUE] == 40
+    assert left_out[REPEAT] > 0
+    assert positives + left_out[NOT_IN_CATALOGUE] + left_out[REPEAT] == log[0].manifest.rows
+    assert EMBARGO not in left_out  # without an attribution window there is no embargo
+
+
+def test_a_user_and_an_item_meet_once_as_a_positive(built: TrainingSet) -> None:
+    rows = pa.concat_tables(built.read(split, ["user_id", "item_id", "label"]) for split in SPLITS)
+    positive = rows.filter(pc.equal(rows["label"], 1))
+    assert positive.group_by(["user_id", "item_id"]).aggregate([]).num_rows == positive.num_rows
+
+
+def test_negatives_share_user_time_session_and_context_with_their_positive(built: TrainingSet) -> None:
+    keys = ["user_id", "event_timestamp", "request_id", "device"]
+    rows = built.read("train", [*keys, "label"])
+    groups = rows.group_by(keys).aggregate([("label", "sum"), ("label", "count")])
+    assert pc.min(groups["label_sum"]).as_py() >= 1
+    assert pc.mean(groups["label_count"]).as_py() == pytest.approx(4, abs=0.5)
+
+
+def test_an_items_category_goes_with_the_drawn_item(built: TrainingSet) -> None:
+    rows = built.read("train", ["item_id", "item_category"]).to_pylist()
+    assert all(row["item_category"] == f"t{int(row['item_id'][1:]) % 5}" for row in rows)
+
+
+def test_later_splits_are_later_and_rows_are_in_time_order(built: TrainingSet) -> None:
+    times = [built.read(split, ["event_timestamp"])["event_timestamp"].cast(pa.int64()).to_numpy() for split in SPLITS]
+    for time in times:
+        assert (np.diff(time) >= 0).all()
+    assert times[0].max() < times[1].min() <= times[1].max() < times[2].min()
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(
+    log: tuple[Snapshot, FeatureTables], built: TrainingSet, tmp_path: Path
+) -> None:
+    snapshot, tables = log
+    again = build_training_set(snapshot, tables, Joined(tables), tmp_path / "again", seed=1)
+    other = build_training_set(snapshot, tables, Joined(tables), tmp_path / "other", seed=2)
+    assert again.file("train").read_bytes() == built.file("train").read_bytes()
+    assert other.read("train", ["item_id"]) != built.read("train", ["item_id"])
+
+
+def test_a_split_that_reaches_into_an_earlier_one_is_refused_when_read(built: TrainingSet, tmp_path: Path) -> None:
+    tampered = tmp_path / "tampered"
+    tampered.mkdir()
+    for name in ("training_set.json", "validation.parquet", "test.parquet"):
+        (tampered / name).write_bytes((built.path / name).read_bytes())
+    mixed = pa.concat_tables([built.read("train"), built.read("test").slice(0, 1)])
+    pq.write_table(mixed, tampered / "train.parquet")
+    with pytest.raises(LeakageError, match="train has rows from"):
+        TrainingSet.load(tampered)
+
+
+def test_tables_of_another_snapshot_are_refused(log: tuple[Snapshot, FeatureTables], tmp_path: Path) -> None:
+    _, tables = log
+    _log(tmp_path / "other.parquet", 900)
+    other = ingest_log(Mapping.load(READING), str(tmp_path / "other.parquet"), tmp_path / "snapshot")
+    with pytest.raises(TrainingError, match="feature tables were built from snapshot"):
+        build_training_set(other, tables, Joined(tables), tmp_path / "set")
+
+
+def test_a_feature_that_says_nothing_is_dropped_with_its_reason(tmp_path: Path) -> None:
+    _log(tmp_path / "log.parquet", 900)
+    mapping = Mapping.load(READING.replace('device = "categorical"', 'constant = { column = "one", type = "numeric" }'))
+    table = pq.read_table(tmp_path / "log.parquet")
+    pq.write_table(table.append_column("one", pa.array([7.0] * table.num_rows)), tmp_path / "log.parquet")
+    snapshot = ingest_log(mapping, str(tmp_path / "log.parquet"), tmp_path / "snapshot")
+    tables = build_feature_tables(snapshot, tmp_path / "tables")
+    built = build_training_set(snapshot, tables, Joined(tables), tmp_path / "set")
+    assert built.manifest.dropped_features["constant"] == "constant in the training rows: 7.0"
+    assert "constant" not in built.read("train").column_names
