@@ -35,6 +35,7 @@ def training_pipeline(
     models: list = MODELS,
     latency_budget_ms: float = 50.0,
     seed: int = 0,
+    check_leakage: bool = True,
 ) -> TrainingOutputs:
     """Train all models on a log up to `as_of` and choose the champion.
 
@@ -45,10 +46,11 @@ def training_pipeline(
         models: names of the model registry to train.
         latency_budget_ms: p99 milliseconds that scoring 500 candidates may take.
         seed: of everything drawn at random.
+        check_leakage: prove on this log that no feature knows its future; half of the feature building again.
     """
     ingested = ingest_log(mapping=mapping, data=data, as_of=as_of)
     snapshot = ingested.outputs["snapshot"]
-    features = build_feature_tables(snapshot=snapshot)
+    features = build_feature_tables(snapshot=snapshot, check_leakage=check_leakage)
     tables = features.outputs["feature_tables"]
     built = build_training_set(snapshot=snapshot, feature_tables=tables, seed=seed)
     rows = built.outputs["training_set"]

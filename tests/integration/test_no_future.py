@@ -11,7 +11,7 @@ from evergreen.contracts.errors import LeakageError
 from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.mapping import Mapping
 from evergreen.contracts.snapshot import Snapshot
-from evergreen.features.leakage import check_point_in_time, past_of
+from evergreen.features.leakage import check_point_in_time, middle_midnight, past_of
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
 from evergreen.simulator.log import SimulatorConfig, simulate_log
@@ -70,6 +70,15 @@ def test_a_mean_over_the_whole_log_is_caught(snapshot: Snapshot, tmp_path: Path)
     tables = build(snapshot, tmp_path / "tables")
     with pytest.raises(LeakageError, match="'item_click_rate' of item_activity knows the future"):
         check_point_in_time(snapshot, tables, cut=CUT, build=build)
+
+
+def test_by_default_the_cut_halves_the_log(snapshot: Snapshot) -> None:
+    assert middle_midnight(snapshot) == datetime(2025, 1, 3, tzinfo=UTC)
+
+
+def test_a_log_of_one_date_cannot_be_cut(snapshot: Snapshot) -> None:
+    one_date = snapshot.manifest.model_copy(update={"files": snapshot.manifest.files[:1]})
+    assert middle_midnight(Snapshot(snapshot.path, one_date)) is None
 
 
 def test_the_past_of_a_snapshot_ends_at_the_cut(snapshot: Snapshot) -> None:

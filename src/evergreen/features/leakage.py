@@ -40,24 +40,35 @@ def past_of(snapshot: Snapshot, *, cut: datetime) -> Snapshot:
     )
 
 
+def middle_midnight(snapshot: Snapshot) -> datetime | None:
+    """The UTC midnight that halves the dates of a log; None for a log of a single date."""
+    dates = [file.path.removeprefix(_DATE_PREFIX)[:10] for file in snapshot.manifest.files]
+    middle = dates[len(dates) // 2]
+    return datetime.fromisoformat(middle).replace(tzinfo=UTC) if middle != dates[0] else None
+
+
 def check_point_in_time(
     snapshot: Snapshot,
     tables: FeatureTables,
     *,
-    cut: datetime,
     build: Callable[[Snapshot, Path], FeatureTables],
+    cut: datetime | None = None,
 ) -> None:
     """Raise unless every feature value up to `cut` is the same when nothing after `cut` has happened yet.
 
     Args:
         snapshot: what the tables were built from.
         tables: the tables to check.
-        cut: a UTC midnight inside the log.
         build: what built them.
+        cut: a UTC midnight inside the log. Default: the one that halves it; a log of one date is not checked.
 
     Raises:
         LeakageError: a value before the cut depends on events after it; names table, column and key.
     """
+    cut = cut or middle_midnight(snapshot)
+    if cut is None:
+        logger.info("point in time: not checked, the log has events of one date only")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         past = build(past_of(snapshot, cut=cut), Path(scratch) / "past")
         for name, keys in JOIN_KEYS.items():

@@ -31,7 +31,7 @@ class TrainingConfig(JsonModel):
     bin_learning_rate: float = Field(default=0.05, gt=0)
     """Adagrad's, for the weights of the bins of numbers."""
     initial_accumulator: float = Field(default=1e-5, ge=0)
-    """Adagrad's. At 0 the first step of every row is a full one, whatever the gradient: with rare clicks that is noise."""
+    """Adagrad's. At 0 the first step of every row is a full one, whatever the gradient; with rare clicks, noise."""
     id_dropout: float = Field(default=0.3, ge=0, lt=1)
     """Chance that a user or item id is read as unseen: a model leans on more than ids, and unseen rows learn."""
     max_epochs: int = Field(default=8, ge=1)
