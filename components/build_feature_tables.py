@@ -9,8 +9,10 @@ from components.image import PIPELINE_IMAGE
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def build_feature_tables(
-    snapshot: dsl.Input[dsl.Dataset], check_leakage: bool, feature_tables: dsl.Output[dsl.Dataset]
-) -> NamedTuple("Outputs", [("usage", dict)]):  # type: ignore[valid-type]
+    snapshot: dsl.Input[dsl.Dataset],
+    check_leakage: bool,
+    feature_tables: dsl.Output[dsl.Dataset],
+) -> NamedTuple("Outputs", [("usage", dict)]):
     """Count, rate and remember per user, item and category, each value known strictly before its event_timestamp.
 
     Args:

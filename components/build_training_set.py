@@ -13,7 +13,7 @@ def build_training_set(
     feature_tables: dsl.Input[dsl.Dataset],
     seed: int,
     training_set: dsl.Output[dsl.Dataset],
-) -> NamedTuple("Outputs", [("usage", dict)]):  # type: ignore[valid-type]
+) -> NamedTuple("Outputs", [("usage", dict)]):
     """Ask Feast for the features known before each event, and cut the rows into train, validation and test by time.
 
     Args:

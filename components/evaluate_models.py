@@ -20,7 +20,7 @@ def evaluate_models(
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
     roc: dsl.Output[dsl.ClassificationMetrics],
-) -> NamedTuple("Outputs", [("champion_version", str), ("usage", dict)]):  # type: ignore[valid-type]
+) -> NamedTuple("Outputs", [("champion_version", str), ("usage", dict)]):
     """Evaluate with bootstrap intervals, choose by quality within the latency budget, and write the report.
 
     Args:

@@ -10,7 +10,7 @@ from components.image import PIPELINE_IMAGE
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def ingest_log(mapping: str, data: str, as_of: str, snapshot: dsl.Output[dsl.Dataset]) -> NamedTuple(
     "Outputs", [("as_of", str), ("snapshot_id", str), ("usage", dict)]
-):  # type: ignore[valid-type]
+):
     """Read a log through a mapping into an immutable snapshot.
 
     Args:

@@ -10,7 +10,7 @@ from components.image import PIPELINE_IMAGE
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def materialize_features(
     feature_tables: dsl.Input[dsl.Dataset], as_of: str, feature_store: dsl.Output[dsl.Artifact]
-) -> NamedTuple("Outputs", [("usage", dict)]):  # type: ignore[valid-type]
+) -> NamedTuple("Outputs", [("usage", dict)]):
     """Apply the Feast definitions and materialize what was known at `as_of`.
 
     Args:

@@ -10,7 +10,7 @@ from components.image import PIPELINE_IMAGE
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def report_drift(
     training_set: dsl.Input[dsl.Dataset], seed: int, report: dsl.Output[dsl.HTML], metrics: dsl.Output[dsl.Metrics]
-) -> NamedTuple("Outputs", [("usage", dict)]):  # type: ignore[valid-type]
+) -> NamedTuple("Outputs", [("usage", dict)]):
     """Write an Evidently report of the test split against the train split.
 
     Args:

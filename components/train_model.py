@@ -14,7 +14,7 @@ def train_model(
     seed: int,
     package: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
-) -> NamedTuple("Outputs", [("usage", dict)]):  # type: ignore[valid-type]
+) -> NamedTuple("Outputs", [("usage", dict)]):
     """Train with early stopping on the validation split, calibrate, and write a model package.
 
     Args:
