@@ -55,8 +55,8 @@ class JsonModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     def write(self, path: Path) -> None:
-        """Write as indented JSON with sorted keys."""
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n")
+        """Write as indented JSON, in the order of the fields."""
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
