@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3.11
+PIP_INSTALL = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN := .venv/bin/
 OUT ?= runs/default
 LOG ?= runs/log
@@ -20,7 +21,7 @@ setup: .venv/.ready  ## Install uv (by pip, if missing) and the locked environme
 # Byte-code is compiled once here: without it every step of a pipeline compiles torch and feast for itself.
 .venv/.ready: uv.lock pyproject.toml
 	@command -v uv >/dev/null 2>&1 || $(PYTHON) -m uv --version >/dev/null 2>&1 || \
-	  { echo "installing uv by pip"; $(PYTHON) -m pip install --quiet --disable-pip-version-check uv; }
+	  { echo "installing uv by pip"; $(PIP_INSTALL) uv || $(PIP_INSTALL) --user --break-system-packages uv; }
 	@echo "installing the locked environment into .venv (6.8 GB, most of it torch's CUDA build; 1 to 5 minutes)"
 	@$$(command -v uv || echo "$(PYTHON) -m uv") sync --frozen --compile-bytecode $(if $(CI),--quiet)
 	@touch $@

@@ -205,7 +205,11 @@ def _parser(syntax: Syntax, names: Sequence[str], columns: Sequence[str]) -> Par
             convert_options=convert,
         ).rename_columns(list(columns))
         if table.num_rows + len(bad) != num_records:
-            raise AssertionError(f"{num_records} records went in, {table.num_rows} and {len(bad)} bad ones came out")
+            raise InputError(
+                f"quotes and delimiters contradict each other: of {num_records} records, {table.num_rows} good and "
+                f"{len(bad)} bad ones could be read near {data[:60]!r}…; is source.quote = {syntax.quote.decode()!r} right? "
+                "An empty one makes quotes ordinary characters"
+            )
         if len(syntax.delimiter) > 1 and syntax.quote and syntax.quote in data:
             restore = partial(pc.replace_substring, pattern=delimiter.decode(), replacement=syntax.delimiter.decode())
             table = pa.table([restore(column) for column in table.columns], names=list(columns))

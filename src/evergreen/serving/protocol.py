@@ -27,6 +27,7 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 """Enough for 64 requests with 500 candidates of 100 bytes each."""
 
 _JSON = "application/json"
+_CURL_DEFAULT = "application/x-www-form-urlencoded"
 _NO_REQUEST = 'the body is no inference request: send {"inputs": [...]} as JSON (binary tensor data is not offered)'
 
 
@@ -142,8 +143,13 @@ def _explain(error: RequestValidationError) -> str:
 
 
 def _check_media_type(headers: Mapping[str, str]) -> None:
-    """Raise RequestError unless a body is said to be JSON, of any kind, or nothing is said of it."""
+    """Raise RequestError unless a body is said to be JSON, of any kind, or nothing is said of it.
+
+    What curl -d says by default counts as nothing said: the examples of KServe's own documentation send JSON so.
+    """
     given = headers.get("content-type", _JSON)
     media_type = given.split(";")[0].strip().lower()
-    if media_type != _JSON and not (media_type.startswith("application/") and media_type.endswith("+json")):
+    if media_type not in (_JSON, _CURL_DEFAULT) and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
         raise RequestError(f"Content-Type {json.dumps(given[:80])}: send JSON with Content-Type: {_JSON}")

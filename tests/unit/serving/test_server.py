@@ -136,7 +136,7 @@ def test_model_cannot_be_unloaded_by_a_caller(served: Served) -> None:
         (b'{"instances": [{"user_id": "u", "k": 0}]}', JSON, "instances[0].k=0: must be between 1 and 500"),
         (b'{"instances": [{"user_id": "u", "k": 1' + b"0" * 5000 + b"}]}", JSON, "Unrecognized request format"),
         (b'{"instances": [{"user_id": "u", "k": 1' + b"0" * 50 + b"}]}", JSON, "instances[0].k=1e+50: must be between"),
-        (b"user_id=u1", {"content-type": "application/x-www-form-urlencoded"}, "send JSON with Content-Type"),
+        (b"user_id=u1", {"content-type": "application/x-www-form-urlencoded"}, "Unrecognized request format"),
         (b'{"instances": [{"user_id": "u"}]}', {"content-type": "text/plain"}, 'Content-Type "text/plain": send JSON'),
         (
             b"x",
@@ -207,9 +207,15 @@ def test_too_large_a_body_is_413(served: Served) -> None:
         assert response.status_code == 413
 
 
-def test_json_with_a_charset_is_json(served: Served) -> None:
+def test_json_by_any_of_its_names_is_json(served: Served) -> None:
     body = b'{"instances": [{"user_id": "u1"}]}'
-    for content_type in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.shop+json"):
+    curl_default = "application/x-www-form-urlencoded"
+    for content_type in (
+        "application/json; charset=utf-8",
+        "Application/JSON",
+        "application/vnd.shop+json",
+        curl_default,
+    ):
         assert served.http.post(V1, content=body, headers={"content-type": content_type}).status_code == 200
 
 
