@@ -207,8 +207,8 @@ def _parser(syntax: Syntax, names: Sequence[str], columns: Sequence[str]) -> Par
         if table.num_rows + len(bad) != num_records:
             raise InputError(
                 f"quotes and delimiters contradict each other: of {num_records} records, {table.num_rows} good and "
-                f"{len(bad)} bad ones could be read near {data[:60]!r}…; is source.quote = {syntax.quote.decode()!r} right? "
-                "An empty one makes quotes ordinary characters"
+                f"{len(bad)} bad ones could be read near {data[:60]!r}…; is source.quote = {syntax.quote.decode()!r} "
+                "right? An empty one makes quotes ordinary characters"
             )
         if len(syntax.delimiter) > 1 and syntax.quote and syntax.quote in data:
             restore = partial(pc.replace_substring, pattern=delimiter.decode(), replacement=syntax.delimiter.decode())
