@@ -85,6 +85,7 @@ def run_locally(
     with log.open("w", encoding="utf-8") as file:
         stream = _StepLog(file, on_progress)
         try:
+            root_logger.handlers[:] = [logging.StreamHandler(stream)]  # or a failed step is also reported on stderr
             with contextlib.redirect_stdout(stream):  # type: ignore[type-var]
                 outputs: dict[str, Any] = pipeline(**arguments).outputs
         except RuntimeError as error:

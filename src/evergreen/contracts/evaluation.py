@@ -124,7 +124,7 @@ class EvaluationResult(JsonModel):
     lower_is_better: bool
     baseline: str
     resampled: str
-    """What the bootstrap draws: "users", "requests" or "rows"."""
+    """What the bootstrap draws: "users", or where there are too few "requests", "rows" or "queries"."""
     num_clusters: int
     num_replicates: int
     latency_budget_ms: float

@@ -83,7 +83,7 @@ def evaluate_models(
     known = KnownIds.of(training_set)
     ranking = _rank(training_set, packages, tables, snapshot, known, config)
     if ranking is not None and ranking.ranked is not None:
-        bootstraps.append(_bootstrap_queries(ranking.ranked, ranking.clusters, config))
+        bootstraps.append(_bootstrap_queries(ranking.ranked, ranking.clusters.codes, config))
     comparison = _comparison(training_set.kind, names, ranking, bootstraps, config)
     differences = _differences(comparison, names)
     request = ranking.ranked.latency_rows if ranking is not None and ranking.ranked is not None else rows.sample
@@ -104,7 +104,7 @@ def evaluate_models(
         primary_metric=comparison.metric,
         lower_is_better=comparison.lower_is_better,
         baseline=comparison.baseline,
-        resampled="users" if comparison.bootstrap is not bootstraps[0] else clusters.unit,
+        resampled=(clusters if comparison.bootstrap is bootstraps[0] or ranking is None else ranking.clusters).unit,
         num_clusters=comparison.bootstrap.num_clusters,
         num_replicates=config.num_replicates,
         latency_budget_ms=config.latency_budget_ms,
@@ -154,7 +154,7 @@ class _Ranking:
 
     queries: Queries
     ranked: RankedQueries | None
-    clusters: IntArray
+    clusters: Clusters
     summary: RankingQueries
 
 
@@ -176,9 +176,12 @@ def _rank(
     if queries.queries:
         items = known.items.to_pylist()
         ranked = rank_queries(queries, tables, packages, mapping=snapshot.mapping, known_items=items, config=config)
-    users = pa.array([query.user_id for query in queries.queries], pa.string()).dictionary_encode()
+    users = pa.chunked_array([[query.user_id for query in queries.queries]], pa.string())
+    clusters = row_clusters(pa.table({"user_id": users, "request_id": pa.nulls(len(users), pa.string())}))
+    if clusters.unit == "rows":
+        clusters = Clusters(clusters.codes, "queries")
     num_candidates = ranked.num_candidates if ranked is not None else np.array([], dtype=np.int64)
-    return _Ranking(queries, ranked, users.indices.to_numpy(), queries.summary(num_candidates))
+    return _Ranking(queries, ranked, clusters, queries.summary(num_candidates))
 
 
 def _key(model: str, metric: str) -> str:
@@ -290,7 +293,7 @@ def _slices(
 ) -> tuple[list[Slice], IntArray]:
     if ranking is not None and ranking.ranked is not None:
         slices = query_slices(ranking.queries, ranking.ranked, known, metric=comparison.metric, config=config)
-        return slices, ranking.clusters
+        return slices, ranking.clusters.codes
     return row_slices(rows, known, kind=kind, metric=comparison.metric, config=config), clusters.codes
 
 

@@ -106,13 +106,17 @@ class Clusters:
     """"users", "requests" or "rows"."""
 
 
+MIN_CLUSTERS = 20
+"""With fewer, resampling them says little of the uncertainty: a single user would give intervals of no width."""
+
+
 def row_clusters(keys: pa.Table) -> Clusters:
-    """Users; requests when no row has a user; rows when none has a request either.
+    """Users; requests when there are too few users to resample; rows when there are too few requests, too.
 
     A row that lacks the key which others have is a cluster of its own.
     """
     for column, unit in (("user_id", "users"), ("request_id", "requests")):
-        if keys[column].null_count < keys.num_rows:
+        if len(pc.unique(keys[column].drop_null())) >= MIN_CLUSTERS:
             return Clusters(_codes(keys[column]), unit)
     return Clusters(np.arange(keys.num_rows), "rows")
 

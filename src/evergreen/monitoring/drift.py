@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from enum import StrEnum
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,7 @@ def drift_report(training_set: TrainingSet, out_html: Path, *, sample_rows: int 
         seed: of the samples.
 
     Raises:
-        ArtifactError: a split has no rows, or no column can be compared.
+        ArtifactError: a split has no rows.
         ValueError: sample_rows is below 1.
     """
     if sample_rows < 1:
@@ -123,12 +124,15 @@ def drift_report(training_set: TrainingSet, out_html: Path, *, sample_rows: int 
         else:
             left_out[name] = reason
     if not methods:
-        raise ArtifactError(f"{training_set.path}: no feature can be compared between train and test: {left_out}")
-    if training_set.kind is LogKind.RATINGS:
+        logger.warning("no column can be compared: the splits have too few rows; see the page for the reason of each")
+        out_html.write_text(_nothing_to_compare(reference.num_rows, current.num_rows, left_out))
+    elif training_set.kind is LogKind.RATINGS:
         methods["label"] = DriftMethod.WASSERSTEIN
     elif training_set.kind is LogKind.IMPRESSIONS:
         methods["label"] = DriftMethod.JENSEN_SHANNON
-    distances = _run_evidently(_to_pandas(reference, methods), _to_pandas(current, methods), methods, out_html)
+    distances = {}
+    if methods:
+        distances = _run_evidently(_to_pandas(reference, methods), _to_pandas(current, methods), methods, out_html)
     drifts = {
         name: ColumnDrift(method=methods[name], distance=distance, drifted=distance >= THRESHOLD)
         for name, distance in distances.items()
@@ -144,6 +148,16 @@ def drift_report(training_set: TrainingSet, out_html: Path, *, sample_rows: int 
     )
     logger.info("%d of %d columns drifted: %s", summary.num_drifted, summary.num_columns, ", ".join(summary.drifted))
     return summary
+
+
+def _nothing_to_compare(train_rows: int, test_rows: int, left_out: Mapping[str, str]) -> str:
+    """The page for splits that are too small for any comparison."""
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(reason)}</td></tr>" for name, reason in left_out.items())
+    return (
+        "<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>Drift</title><h1>Nothing to compare</h1>"
+        f"<p>{train_rows} training rows and {test_rows} test rows are too few to tell drift from chance.</p>"
+        f"<table><tr><th>column</th><th>why it is left out</th></tr>{rows}</table></html>\n"
+    )
 
 
 def sample_split(training_set: TrainingSet, split: str, columns: list[str], *, sample_rows: int, seed: int) -> pa.Table:

@@ -9,25 +9,34 @@ from pydantic import ValidationError
 
 from evergreen.evaluation.config import EvaluationConfig
 from evergreen.evaluation.latency import request_rows
-from evergreen.evaluation.rows import row_clusters, row_periods
+from evergreen.evaluation.rows import MIN_CLUSTERS, row_clusters, row_periods
 
 
 def keys(users: list[str | None], requests: list[str | None]) -> pa.Table:
     return pa.table({"user_id": pa.array(users, pa.string()), "request_id": pa.array(requests, pa.string())})
 
 
+MANY = [f"k{n}" for n in range(MIN_CLUSTERS)]
+
+
 def test_users_are_clusters_and_a_row_without_one_stands_alone():
-    clusters = row_clusters(keys(["a", None, "b", "a", None], [None] * 5))
+    clusters = row_clusters(keys([*MANY, None, "k0", None], [None] * (MIN_CLUSTERS + 3)))
     assert clusters.unit == "users"
-    assert clusters.codes[0] == clusters.codes[3]
-    assert len(np.unique(clusters.codes)) == 4
+    assert clusters.codes[0] == clusters.codes[MIN_CLUSTERS + 1]
+    assert len(np.unique(clusters.codes)) == MIN_CLUSTERS + 2
 
 
 def test_without_users_requests_are_clusters_and_without_those_rows():
-    assert row_clusters(keys([None] * 3, ["r", "r", "s"])).unit == "requests"
+    assert row_clusters(keys([None] * MIN_CLUSTERS, MANY)).unit == "requests"
     alone = row_clusters(keys([None] * 3, [None] * 3))
     assert alone.unit == "rows"
     assert len(np.unique(alone.codes)) == 3
+
+
+def test_too_few_users_are_not_resampled_for_their_intervals_would_have_no_width():
+    n = MIN_CLUSTERS
+    assert row_clusters(keys(["only"] * n, MANY)).unit == "requests"
+    assert row_clusters(keys(["only"] * n, ["one", "two"] * (n // 2))).unit == "rows"
 
 
 def test_periods_are_named_by_their_first_day_and_old_ones_are_put_together():

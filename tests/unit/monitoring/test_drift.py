@@ -153,3 +153,12 @@ def test_an_empty_split_is_an_error(tmp_path):
     pq.write_table(training_set.read("test").slice(0, 0), training_set.file("test"))
     with pytest.raises(ArtifactError, match="the test split has no rows"):
         drift_report(training_set, tmp_path / "d.html")
+
+
+def test_splits_too_small_to_compare_give_a_page_that_says_so(tmp_path):
+    summary = drift_report(write(tmp_path / "set", num_rows=30), tmp_path / "d.html")
+    assert summary.num_columns == summary.num_drifted == 0
+    assert summary.left_out["shifted"].endswith("at least 100 are needed")
+    page = (tmp_path / "d.html").read_text()
+    assert "30 training rows and 30 test rows are too few" in page
+    assert "shifted" in page
