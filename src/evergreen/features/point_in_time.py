@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import duckdb
 import numpy as np
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
+from evergreen.contracts.instant import to_micros
 from evergreen.features.request import REQUEST_SCHEMA, request_features
 
 EVENT_TIMESTAMP = "event_timestamp"
@@ -112,9 +113,9 @@ def latest_rows(
     """
     order = ", ".join(f"{_quote(name)} DESC NULLS LAST" for name in (timestamp, created) if name)
     key = ", ".join(_quote(name) for name in keys)
-    in_range = f"epoch_us({_quote(timestamp)}) <= {micros(end)}"
+    in_range = f"epoch_us({_quote(timestamp)}) <= {to_micros(end)}"
     if start is not None:
-        in_range += f" AND epoch_us({_quote(timestamp)}) >= {micros(start)}"
+        in_range += f" AND epoch_us({_quote(timestamp)}) >= {to_micros(start)}"
     query = f"""
         WITH latest AS (
             SELECT file_index AS file, file_row_number AS row FROM read_parquet($path) WHERE {in_range}
@@ -200,11 +201,6 @@ def check_spine(spine: pa.Table, keys: set[str]) -> None:
             raise ArtifactError(
                 f"the spine has no column {name!r}, only {spine.column_names}: add it (null where unknown)"
             )
-
-
-def micros(moment: datetime) -> int:
-    """Unix time in microseconds of a moment with a time zone."""
-    return (moment - datetime.fromtimestamp(0, tz=UTC)) // _MICROSECOND
 
 
 def _table_source(tables: FeatureTables, name: str) -> AsofSource:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from evergreen.contracts.artifact import atomic_directory
 from evergreen.contracts.errors import InputError
+from evergreen.contracts.instant import from_micros
 from evergreen.contracts.mapping import LogKind, Mapping
 from evergreen.contracts.snapshot import Snapshot, SnapshotManifest, event_schema
 from evergreen.ingest.blocks import Block, Reject, int64_array
@@ -218,7 +219,8 @@ def _write(
     """Write the events in time order, and say in the manifest what they are."""
     range_us = _Range()
     files = write_events(range_us.observe(staging.sorted_batches()), event_schema(mapping), folder)
-    first, last = _time(range_us.first), _time(range_us.last)
+    assert range_us.first is not None
+    first, last = from_micros(range_us.first), from_micros(range_us.last)
     impressions = mapping.kind is LogKind.IMPRESSIONS
     num_positives = staging.num_clicked if impressions else staging.num_rows
     if num_positives in (0, staging.num_rows) and impressions:
@@ -253,8 +255,3 @@ class _Range:
                 self.first = times[0].as_py() if self.first is None else self.first
                 self.last = times[len(times) - 1].as_py()
             yield batch
-
-
-def _time(us: int | None) -> datetime:
-    assert us is not None
-    return datetime.fromtimestamp(0, tz=UTC) + timedelta(microseconds=us)

@@ -13,8 +13,9 @@ from datetime import datetime
 
 import pyarrow as pa
 
+from evergreen.contracts.instant import to_micros
 from evergreen.contracts.mapping import FeatureColumn, FeatureType, LogKind, Mapping
-from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
+from evergreen.contracts.snapshot import event_schema
 from evergreen.ingest.columns import needed_columns, parts
 
 BLOCK = "block"
@@ -290,10 +291,4 @@ class _Query:
         if self.mapping.label is not None and self.mapping.kind is not LogKind.IMPRESSIONS:
             yield "NOT _label", literal(NEGATIVE_LABEL)
         if self.as_of is not None:
-            yield f"{TIME_US} >= {microseconds(self.as_of)}", literal(AT_OR_AFTER_AS_OF)
-
-
-def microseconds(time: datetime) -> int:
-    """Unix time in microseconds, exactly."""
-    scalar = pa.scalar(time, TIMESTAMP_TYPE)
-    return int(scalar.value)
+            yield f"{TIME_US} >= {to_micros(self.as_of)}", literal(AT_OR_AFTER_AS_OF)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from evergreen.contracts.artifact import atomic_directory
 from evergreen.contracts.errors import TrainingError
 from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.instant import from_micros
 from evergreen.contracts.mapping import LogKind, Role
 from evergreen.contracts.snapshot import Snapshot
 from evergreen.contracts.training_set import (
@@ -31,7 +32,7 @@ from evergreen.contracts.training_set import (
 from evergreen.features.columns import feature_columns
 from evergreen.features.point_in_time import items_as_of
 from evergreen.training.negatives import draw_negatives
-from evergreen.training.split import SplitBoundaries, from_micros, split_boundaries
+from evergreen.training.split import SplitBoundaries, split_boundaries
 
 logger = logging.getLogger(__name__)
 

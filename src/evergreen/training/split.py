@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evergreen.contracts.errors import TrainingError
+from evergreen.contracts.instant import from_micros, to_micros
 from evergreen.contracts.mapping import Split
 from evergreen.contracts.training_set import SPLITS
 
 _HOUR = 3_600_000_000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,6 @@ class SplitBoundaries:
             start, end = self.ranges[split]
             place[(time >= start) & (time < end)] = index
         return place
-
-
-def to_micros(moment: datetime) -> int:
-    """Microseconds since 1970, exactly."""
-    return (moment - _EPOCH) // timedelta(microseconds=1)
-
-
-def from_micros(micros: int) -> datetime:
-    """The UTC time of microseconds since 1970."""
-    return _EPOCH + timedelta(microseconds=int(micros))
 
 
 def split_boundaries(time: NDArray[np.int64], split: Split, *, as_of: datetime) -> SplitBoundaries:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evergreen.contracts.errors import TrainingError
+from evergreen.contracts.instant import from_micros, to_micros
 from evergreen.contracts.mapping import Split
 from evergreen.contracts.training_set import SPLITS
-from evergreen.training.split import from_micros, split_boundaries, to_micros
+from evergreen.training.split import split_boundaries
 
 START = to_micros(datetime(2025, 1, 1, tzinfo=UTC))
 HOUR = 3_600_000_000
