@@ -35,9 +35,14 @@ ROW_FIELDS = (
     pa.field("item_id", pa.string()),
     pa.field("position", pa.int32()),
     pa.field("propensity", pa.float32()),
+    pa.field("rating", pa.float32()),
+    pa.field("dwell_seconds", pa.float32()),
     pa.field("label", pa.float32(), nullable=False),
 )
-"""What every row has beside its features. user_id and item_id are features too."""
+"""What every row has beside its features. user_id and item_id are features too.
+
+rating and dwell_seconds are outcomes, known only after a click: a second task to learn from, never a feature.
+"""
 
 
 class ColumnKind(StrEnum):
@@ -59,12 +64,35 @@ class FeatureOrigin(StrEnum):
     ON_DEMAND = "on_demand"  # computed from the request's time and stored timestamps
 
 
+class Side(StrEnum):
+    """Which half of a request a feature describes: what is alike for all of its candidates, or one of them."""
+
+    USER = "user"  # who asks, when and where
+    ITEM = "item"
+    PAIR = "pair"  # both at once
+
+
+_SIDES = {
+    FeatureOrigin.USER: Side.USER,
+    FeatureOrigin.CONTEXT: Side.USER,
+    FeatureOrigin.ITEM: Side.ITEM,
+    FeatureOrigin.USER_CATEGORY: Side.PAIR,
+}
+
+
 class Feature(JsonModel):
     """One feature column of the training set."""
 
     name: str
     kind: ColumnKind
     origin: FeatureOrigin
+
+    @property
+    def side(self) -> Side:
+        """Whom it describes; of what is computed on demand, the ages of items are the item's."""
+        if self.origin is FeatureOrigin.ON_DEMAND:
+            return Side.ITEM if self.name.startswith("item_") else Side.USER
+        return _SIDES[self.origin]
 
 
 class SplitInfo(JsonModel):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.mapping import LogKind
-from evergreen.models.inputs import EncodedRows, InputSpec
+from evergreen.models.inputs import EncodedRows, InputSpec, ModelInputs
 
 _CHUNK_ROWS = 16_384
 
@@ -57,14 +57,37 @@ class RankingModel(nn.Module):
 def score_rows(model: RankingModel, rows: EncodedRows) -> NDArray[np.float32]:
     """(num_rows,) scores of encoded rows, in chunks, without dropout."""
     parts = [np.empty(0, np.float32)]
-    training = model.training
+    training, device = model.training, model.bias.device
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(rows), _CHUNK_ROWS):
-            parts.append(model(*rows.inputs(slice(start, start + _CHUNK_ROWS))).numpy())
+            inputs = rows.inputs(slice(start, start + _CHUNK_ROWS)).to(device)
+            parts.append(model(*inputs).float().cpu().numpy())
     if training:
         model.train()
     return np.concatenate(parts)
+
+
+@runtime_checkable
+class OwnLoss(Protocol):
+    """A model whose loss is not a function of each row's score and label alone, e.g. a softmax over a batch."""
+
+    def prepare(self, train: EncodedRows, labels: NDArray[np.float32]) -> None:
+        """Look at all training rows once, before the first step (how often items occur, for one)."""
+        ...
+
+    def training_loss(self, inputs: ModelInputs, labels: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar; validation batches are measured by it, too."""
+        ...
+
+
+@runtime_checkable
+class TwoTasks(Protocol):
+    """A model that predicts a second outcome (a rating, or the time that a user stayed) beside the click."""
+
+    def both(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) scores as of `forward`, and (N,) predictions of the second outcome, standardised."""
+        ...
 
 
 @runtime_checkable

@@ -98,15 +98,22 @@ class Encoder:
 
     def _make_spec(self, *, num_embeddings: int, starts: list[int]) -> InputSpec:
         columns, indicators = self._numeric.columns, self._numeric.indicator_of
+        side = {feature.name: feature.side for feature in self._state.features}
         shared = range(1 + self._state.config.oov_buckets)
         return InputSpec(
             categorical=tuple(
-                CategoricalInput(name=field.state.name, start=field.start, num_rows=field.vocabulary.num_rows)
+                CategoricalInput(
+                    name=field.state.name,
+                    side=side[field.state.name],
+                    start=field.start,
+                    num_rows=field.vocabulary.num_rows,
+                )
                 for field in self._categorical
             ),
             numeric=tuple(
                 NumericInput(
                     name=column.name,
+                    side=side[column.name],
                     missing=len(columns) + indicators.index(place) if column.has_missing else None,
                     zero=column.zero,
                     boundaries=column.boundaries,
@@ -115,7 +122,10 @@ class Encoder:
             ),
             num_indicators=len(indicators),
             bags=tuple(
-                BagInput(name=field.state.name, kind=field.state.kind, width=field.state.width) for field in self._bags
+                BagInput(
+                    name=field.state.name, side=side[field.state.name], kind=field.state.kind, width=field.state.width
+                )
+                for field in self._bags
             ),
             num_embeddings=num_embeddings,
             untrained_rows=(PAD, *(start + row for start in starts for row in shared)),

@@ -31,7 +31,7 @@ def export_program(model: RankingModel, path: Path) -> None:
     """
     spec = model.spec
     example = ModelInputs(
-        torch.zeros(_EXAMPLE_ROWS, len(spec.categorical), dtype=torch.int64),
+        torch.zeros(_EXAMPLE_ROWS, spec.categorical_width, dtype=torch.int64),
         torch.zeros(_EXAMPLE_ROWS, spec.numeric_width),
         torch.zeros(_EXAMPLE_ROWS, spec.bag_width, dtype=torch.int64),
     )

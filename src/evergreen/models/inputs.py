@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evergreen.contracts.artifact import JsonModel
-from evergreen.contracts.training_set import ColumnKind
+from evergreen.contracts.training_set import ColumnKind, Side
 
 PAD = 0
 """Row of the shared table that stands for no value; it is never trained."""
@@ -25,6 +25,7 @@ class CategoricalInput(JsonModel):
     """A field: the rows [start, start + num_rows) of the shared table. The first is missing, the second unseen."""
 
     name: str
+    side: Side
     start: int
     num_rows: int
 
@@ -38,6 +39,7 @@ class NumericInput(JsonModel):
     """A numeric column, standardised. A missing value is 0, which is the mean."""
 
     name: str
+    side: Side
     missing: int | None
     """Place of the column that says 1 where this one is missing; None where training rows never were."""
     zero: float
@@ -50,6 +52,7 @@ class BagInput(JsonModel):
     """Several values of one field, padded with PAD to `width`."""
 
     name: str
+    side: Side
     kind: ColumnKind
     width: int
 
@@ -58,6 +61,9 @@ class InputSpec(JsonModel):
     """The inputs of a model; all fields share one table of `num_embeddings` rows, row 0 is padding."""
 
     categorical: tuple[CategoricalInput, ...]
+    second_rows: tuple[int, ...] = ()
+    """Places of the fields that have a second column of table rows, after the first ones: values that share rows by
+    hash are the sum of two, so that hardly any two values are the same. PAD where one row says all."""
     numeric: tuple[NumericInput, ...]
     num_indicators: int
     """Columns that follow the numeric ones and say where those are missing."""
@@ -65,6 +71,11 @@ class InputSpec(JsonModel):
     num_embeddings: int
     untrained_rows: tuple[int, ...]
     """Rows that may see few training rows or none (padding, missing, unseen); they start at zero."""
+
+    @property
+    def categorical_width(self) -> int:
+        """Columns of the categorical input, second rows included."""
+        return len(self.categorical) + len(self.second_rows)
 
     @property
     def numeric_width(self) -> int:
@@ -81,11 +92,15 @@ class ModelInputs(NamedTuple):
     """One batch of tensors, the arguments of a model's forward."""
 
     categorical: Tensor
-    """(N, C) int64 rows of the shared table."""
+    """(N, C + X) int64 rows of the shared table; see `InputSpec.second_rows`."""
     numeric: Tensor
     """(N, M) float32."""
     bags: Tensor
     """(N, L) int64 rows of the shared table, one bag after the other, PAD where a bag is shorter than its width."""
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """The same batch on a device."""
+        return ModelInputs(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,7 @@ class EncodedRows:
 
     spec: InputSpec
     categorical: NDArray[np.int32]
-    """(N, C) rows of the shared table."""
+    """(N, C + X) rows of the shared table."""
     numeric: NDArray[np.float32]
     """(N, M)."""
     bags: tuple[Bag, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,23 @@ class TrainingConfig(JsonModel):
     """Of the model; its own defaults where left out."""
     encoder: EncoderConfig = EncoderConfig()
 
+    negative_rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training rows without a click that is kept. Scores are corrected exactly afterwards."""
+    positive_weight: float = Field(default=1.0, gt=0)
+    """Weight of the rows with a click in the loss. Scores are corrected exactly afterwards."""
+    click_loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """Of the focal loss (Lin et al. 2017): how little rows count that are predicted well."""
+    calibration: Literal["platt", "isotonic"] = "platt"
+    """Fitted on validation rows. Isotonic regression wants some thousand clicks there."""
+    position: Literal["effect", "inverse_propensity", "ignore"] = "effect"
+    """What to make of the position that an impression was shown at. `effect`: a term of the position is learned beside
+    the model and held constant when serving; `inverse_propensity`: rows weigh 1 / the probability that they were
+    looked at."""
+    second_task: Literal["rating", "dwell_seconds"] = "dwell_seconds"
+    """The outcome that models with two tasks learn beside the click."""
+    second_task_weight: float = Field(default=0.1, ge=0)
+
     batch_size: int = Field(default=2048, ge=1)
     """Upper bound; a small training set is cut into at least `min_steps_per_epoch` batches."""
     min_steps_per_epoch: int = Field(default=32, ge=1)
@@ -32,6 +49,10 @@ class TrainingConfig(JsonModel):
     """Adagrad's, for the weights of the bins of numbers."""
     initial_accumulator: float = Field(default=1e-5, ge=0)
     """Adagrad's. At 0 the first step of every row is a full one, whatever the gradient; with rare clicks, noise."""
+    embedding_l2: float = Field(default=0.0, ge=0)
+    """Weight decay of the table's rows that a batch touches."""
+    plateau_factor: float = Field(default=1.0, gt=0, le=1)
+    """All learning rates are multiplied by it when an evaluation brings no improvement; 1: never."""
     id_dropout: float = Field(default=0.3, ge=0, lt=1)
     """Chance that a user or item id is read as unseen: a model leans on more than ids, and unseen rows learn."""
     max_epochs: int = Field(default=8, ge=1)
@@ -43,6 +64,10 @@ class TrainingConfig(JsonModel):
     """Share of the loss that counts as an improvement. The best weights are kept, however little they are better."""
     max_validation_rows: int = Field(default=200_000, ge=1)
     """Rows that early stopping looks at, spread evenly over the split."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the network's products. `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and losses are float32."""
     num_threads: int = Field(default=1, ge=1)
     """Of torch; more than one may change the last bits of the weights."""
     export_program: bool = True

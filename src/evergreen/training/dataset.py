@@ -40,6 +40,11 @@ EMBARGO = "in the embargo between two splits or before as_of"
 REPEAT = "interaction with an item that the user already knew"
 NOT_IN_CATALOGUE = "first interaction of its item: nobody could have recommended it"
 
+_OF_THE_SLATE = ("position", "propensity")
+"""They belong to what was shown. Interactions lose them: drawn negatives have none, so they would tell the label."""
+_OUTCOMES = ("rating", "dwell_seconds")
+"""What came of an event; a drawn negative has none."""
+
 
 class HistoricalFeatures(Protocol):
     """What joins features to a spine: the Feast store, through one feature service."""
@@ -107,8 +112,8 @@ def _micros(table: pa.Table) -> NDArray[np.int64]:
 def _read_events(snapshot: Snapshot) -> pa.Table:
     """Columns of the events that a row to learn from needs, in time order."""
     context = list(snapshot.mapping.features(Role.CONTEXT))
-    columns = ["event_timestamp", "request_id", "user_id", "item_id", "category", "position", "propensity", *context]
-    label = {LogKind.IMPRESSIONS: ["clicked"], LogKind.RATINGS: ["rating"], LogKind.INTERACTIONS: []}[snapshot.kind]
+    columns = ["event_timestamp", "request_id", "user_id", "item_id", "category", *_OF_THE_SLATE, *_OUTCOMES, *context]
+    label = ["clicked"] if snapshot.kind is LogKind.IMPRESSIONS else []
     return ds.dataset(snapshot.files, format="parquet").to_table(columns=columns + label)
 
 
@@ -116,8 +121,7 @@ def _spine(snapshot: Snapshot) -> _Spine:
     """Every impression or rating is a row."""
     events = _read_events(snapshot)
     source = "clicked" if snapshot.kind is LogKind.IMPRESSIONS else "rating"
-    label = events[source].cast(pa.float32())
-    return _Spine(events.drop_columns([source]).append_column("label", label), {})
+    return _Spine(events.append_column("label", events[source].cast(pa.float32())), {})
 
 
 def _interaction_spine(snapshot: Snapshot, tables: FeatureTables, seed: int) -> _Spine:
@@ -155,10 +159,11 @@ def _interaction_spine(snapshot: Snapshot, tables: FeatureTables, seed: int) -> 
     item_code = pa.array(np.concatenate([item[positive_row], negative_item]))
     for name in ("item_id", "category"):
         rows = rows.set_column(rows.schema.get_field_index(name), name, items[name].take(item_code))
-    for name in ("position", "propensity"):  # they belong to what was shown, not to what was drawn
-        rows = rows.set_column(
-            rows.schema.get_field_index(name), name, pa.nulls(rows.num_rows, rows.schema.field(name).type)
-        )
+    is_drawn = pa.array(np.repeat([False, True], [len(positive_row), len(negative_row)]))
+    for name in (*_OF_THE_SLATE, *_OUTCOMES):
+        empty = pa.nulls(rows.num_rows, rows.schema.field(name).type)
+        kept_values = rows[name] if name in _OUTCOMES else empty
+        rows = rows.set_column(rows.schema.get_field_index(name), name, pc.if_else(is_drawn, empty, kept_values))
     label = np.concatenate([np.ones(len(positive_row)), np.zeros(len(negative_row))]).astype(np.float32)
     rows = rows.append_column("label", pa.array(label))
     order = np.argsort(np.concatenate([positive_row, negative_row]), kind="stable")

@@ -30,10 +30,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows and their labels."""
+    """Encoded rows, and what is known of each beside its features. All arrays are (num_rows,)."""
 
     rows: EncodedRows
     labels: NDArray[np.float32]
+    positions: NDArray[np.int32] | None = None
+    """Where on the page it was shown, from 1; 0 where unknown. None when the log has no positions."""
+    propensities: NDArray[np.float32] | None = None
+    """Probability that the logging policy showed it; nan where unknown."""
+    outcomes: NDArray[np.float32] | None = None
+    """Of the second task, standardised; nan where there is none."""
 
     def __len__(self) -> int:
         return len(self.labels)
