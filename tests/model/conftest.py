@@ -13,6 +13,7 @@ import pytest
 
 from evergreen.contracts.mapping import Columns, Label, LogKind, Mapping, Rating, Timestamp
 from evergreen.contracts.training_set import (
+    ROW_FIELDS,
     SPLITS,
     ColumnKind,
     Feature,
@@ -57,6 +58,9 @@ def write_training_set(
             **{name: arrow(values, kinds[name]) for name, values in columns.items()},
         }
     )
+    for field in ROW_FIELDS:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(num_rows, field.type))
     path.mkdir(parents=True)
     splits, first = {}, 0
     for split in SPLITS:

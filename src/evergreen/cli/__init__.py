@@ -1,4 +1,4 @@
-"""The command line: `evergreen run | compile | simulate | serve | recommend`.
+"""The command line: `evergreen run | train | compile | simulate | serve | recommend`.
 
 The outermost layer: it alone may import pipelines. Each command lives in a module of its own and is imported when it is
 called, because kfp, torch and feast take seconds to import.
@@ -15,6 +15,7 @@ from evergreen.contracts.errors import EvergreenError
 
 _COMMANDS = {
     "run": "evergreen.cli.run:run",
+    "train": "evergreen.cli.train:train",
     "compile": "evergreen.cli.compile:compile_pipelines",
     "simulate": "evergreen.cli.simulate:simulate",
     "serve": "evergreen.cli.serve:serve",

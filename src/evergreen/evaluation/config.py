@@ -67,6 +67,23 @@ class ModelFacts(Protocol):
         ...
 
 
+class RowEncoder(Protocol):
+    """From features to what a model reads; `evergreen.models.encoding.Encoder` is one."""
+
+    @property
+    def digest(self) -> str:
+        """Encoders of one digest give equal rows."""
+        ...
+
+    def transform(self, table: pa.Table) -> Any:
+        """Encode (num_rows,) rows."""
+        ...
+
+    def transform_pairs(self, users: pa.Table, candidates: pa.Table, user_of: NDArray[np.int64]) -> Any:
+        """Encode (num_rows,) candidates, each with the features of its user."""
+        ...
+
+
 class Scorer(Protocol):
     """What an evaluation needs of a model; `evergreen.models.package.ModelPackage` has it."""
 
@@ -80,8 +97,17 @@ class Scorer(Protocol):
         """Name and digest, e.g. "deepfm-1a2b3c4d5e6f"."""
         ...
 
-    def scores(self, table: pa.Table) -> NDArray[np.floating[Any]]:
-        """(num_rows,) raw scores, higher is better."""
+    @property
+    def encoder(self) -> RowEncoder:
+        """What it was trained with."""
+        ...
+
+    def scores_of_encoded(self, rows: Any) -> NDArray[np.floating[Any]]:
+        """(num_rows,) raw scores of rows that `encoder` made, higher is better."""
+        ...
+
+    def predict_encoded(self, rows: Any, positions: NDArray[np.int32] | None = None) -> NDArray[np.floating[Any]]:
+        """(num_rows,) calibrated probability where each row was shown (0: unknown position), or rating."""
         ...
 
     def predict(self, table: pa.Table) -> NDArray[np.floating[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.evaluation import BASE_RATE
-from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
 from evergreen.contracts.mapping import Mapping as LogMapping
 from evergreen.contracts.mapping import Role
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
-from evergreen.evaluation.config import EvaluationConfig, Scorer
+from evergreen.evaluation.config import EvaluationConfig, RowEncoder, Scorer
 from evergreen.evaluation.queries import Catalogue, Queries, Query
+from evergreen.evaluation.rows import each_encoded
 from evergreen.features.point_in_time import join_features
 from evergreen.metrics.ranking import ndcg_of_ranks, recall_of_ranks, relevant_ranks
 from evergreen.metrics.statistic import FloatArray, IntArray
@@ -69,7 +71,7 @@ def rank_queries(
     known_items: Collection[str],
     config: EvaluationConfig,
 ) -> RankedQueries:
-    """Rank every query's candidates with every model; features are joined once for all models.
+    """Rank every query's candidates with every model; features are joined and encoded once for all models.
 
     The base rate takes part as a constant score, which is worth a random order.
 
@@ -101,13 +103,13 @@ def rank_queries(
     known = pa.array(sorted(known_items), pa.string())
     latency_rows: pa.Table | None = None
     for first, candidates in _chunks(queries.queries, catalogue, config.chunk_rows):
-        spine = _spine(queries.queries[first : first + len(candidates)], candidates, mapping)
-        rows = join_features(spine, tables)
+        asked = queries.queries[first : first + len(candidates)]
+        pairs = _pairs(asked, candidates, tables, mapping)
         if latency_rows is None:
-            latency_rows = rows.slice(0, config.latency_rows)
-        scores = {BASE_RATE: np.zeros(rows.num_rows)}
-        for package in packages:
-            scores[package.info.name] = np.asarray(package.scores(rows), dtype=np.float64)
+            latency_rows = join_features(_spine(asked, candidates, mapping).slice(0, config.latency_rows), tables)
+        scores = {BASE_RATE: np.zeros(len(pairs.user_of))}
+        for package, rows in each_encoded(packages, pairs.encode):
+            scores[package.info.name] = np.asarray(package.scores_of_encoded(rows), dtype=np.float64)
             if not np.isfinite(scores[package.info.name]).all():
                 raise ArtifactError(f"{package.info.name}: a score is not finite: train it again")
         start = 0
@@ -179,9 +181,41 @@ def _chunks(queries: Sequence[Query], catalogue: Catalogue, chunk_rows: int) -> 
         yield first, tables
 
 
+_USER_TABLES = tuple(name for name, keys in JOIN_KEYS.items() if keys == ("user_id",))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Queries and their candidates, with features; what is alike for all candidates of a query is held once."""
+
+    users: pa.Table
+    """A row for each query."""
+    candidates: pa.Table
+    user_of: NDArray[np.int64]
+    """(num_candidates,) row of `users`."""
+
+    def encode(self, encoder: RowEncoder) -> Any:
+        """A row for each candidate."""
+        return encoder.transform_pairs(self.users, self.candidates, self.user_of)
+
+
+def _pairs(
+    queries: Sequence[Query], candidates: Sequence[pa.Table], tables: FeatureTables, mapping: LogMapping
+) -> _Pairs:
+    nobody = pa.table({"item_id": pa.nulls(1, pa.string()), "category": pa.nulls(1, pa.string())})
+    users = join_features(_spine(queries, [nobody] * len(queries), mapping), tables, only=_USER_TABLES)
+    others = [name for name in JOIN_KEYS if name not in _USER_TABLES]
+    items = join_features(_spine(queries, candidates, mapping), tables, only=others)
+    return _Pairs(users, items, _query_of_candidate(candidates))
+
+
+def _query_of_candidate(candidates: Sequence[pa.Table]) -> NDArray[np.int64]:
+    return np.repeat(np.arange(len(candidates)), [table.num_rows for table in candidates])
+
+
 def _spine(queries: Sequence[Query], candidates: Sequence[pa.Table], mapping: LogMapping) -> pa.Table:
     """A row for each query and candidate: what `join_features` needs, and the query's context features."""
-    repeats = pa.array(np.repeat(np.arange(len(queries)), [table.num_rows for table in candidates]))
+    repeats = pa.array(_query_of_candidate(candidates))
     of_query = {
         "event_timestamp": pa.array([query.time for query in queries], TIMESTAMP_TYPE),
         "user_id": pa.array([query.user_id for query in queries], pa.string()),

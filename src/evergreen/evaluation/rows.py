@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,7 @@ from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.evaluation import BASE_RATE
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import TrainingSet
-from evergreen.evaluation.config import EvaluationConfig, Scorer
+from evergreen.evaluation.config import EvaluationConfig, RowEncoder, Scorer
 from evergreen.metrics.binary import Auc, CalibrationError, ClickRateRatio, LogLoss, NormalizedEntropy
 from evergreen.metrics.regression import MeanAbsoluteError, RootMeanSquaredError
 from evergreen.metrics.statistic import FloatArray, IntArray, Statistic
@@ -50,6 +52,8 @@ class TestRows:
 def predict_test_rows(training_set: TrainingSet, packages: Sequence[Scorer], config: EvaluationConfig) -> TestRows:
     """Let every model predict every test row, a chunk of rows at a time.
 
+    What is predicted is the click at the position where the row was shown, for that is what its label tells.
+
     Raises:
         ArtifactError: there are no test rows, or a model predicts something that is not finite.
     """
@@ -67,8 +71,10 @@ def predict_test_rows(training_set: TrainingSet, packages: Sequence[Scorer], con
             table = pa.Table.from_batches([batch])
             if sample is None:
                 sample = table.slice(0, config.latency_rows)
-            for package in packages:
-                chunks[package.info.name].append(np.asarray(package.predict(table), dtype=np.float64))
+            positions = table["position"].fill_null(0).to_numpy().astype(np.int32)
+            for package, encoded in each_encoded(packages, partial(_transform, table)):
+                shown = package.predict_encoded(encoded, positions)
+                chunks[package.info.name].append(np.asarray(shown, dtype=np.float64))
             done += table.num_rows
             logger.info("%d of %d test rows predicted", done, keys.num_rows)
     assert sample is not None
@@ -80,6 +86,20 @@ def predict_test_rows(training_set: TrainingSet, packages: Sequence[Scorer], con
             raise ArtifactError(f"{name}: {bad} of {keys.num_rows} predictions are not finite: train it again")
     labels = keys["label"].to_numpy().astype(np.float64)
     return TestRows(keys=keys, labels=labels, predictions=predictions, sample=sample)
+
+
+def each_encoded(packages: Sequence[Scorer], encode: Callable[[RowEncoder], Any]) -> Iterator[tuple[Scorer, Any]]:
+    """Each model with its encoded rows; models of one run have equal encoders, so rows are encoded once for them."""
+    encoded: dict[str, Any] = {}
+    for package in packages:
+        digest = package.encoder.digest
+        if digest not in encoded:
+            encoded[digest] = encode(package.encoder)
+        yield package, encoded[digest]
+
+
+def _transform(table: pa.Table, encoder: RowEncoder) -> Any:
+    return encoder.transform(table)
 
 
 def row_statistics(

@@ -11,7 +11,7 @@ known strictly before T. Times are compared in microseconds.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -50,12 +50,13 @@ class AsofSource:
     """How long a row holds; 0: until the next one."""
 
 
-def join_features(spine: pa.Table, tables: FeatureTables) -> pa.Table:
+def join_features(spine: pa.Table, tables: FeatureTables, *, only: Collection[str] = tuple(JOIN_KEYS)) -> pa.Table:
     """Append the columns of feature service `ranker_v1`, as known at each row's time.
 
     Args:
         spine: rows with event_timestamp, user_id, item_id and category; keys may be null. Anything else is kept.
         tables: the feature tables.
+        only: names of the tables to read; the columns of the others are null.
 
     Returns:
         The spine's rows in the spine's order; its columns, then those of the tables in the order of JOIN_KEYS, then
@@ -64,9 +65,11 @@ def join_features(spine: pa.Table, tables: FeatureTables) -> pa.Table:
     Raises:
         ArtifactError: the spine lacks a key column, or already has a column of the service.
     """
-    sources = [_table_source(tables, name) for name in JOIN_KEYS]
     check_spine(spine, {key for keys in JOIN_KEYS.values() for key in keys})
-    joined = [asof_features(spine, source) for source in sources]
+    joined = []
+    for name in JOIN_KEYS:
+        source = _table_source(tables, name)
+        joined.append(asof_features(spine, source) if name in only else _no_features(spine.num_rows, source))
     stored = pa.Table.from_arrays(
         [column for table in joined for column in table.columns],
         schema=pa.schema([column for table in joined for column in table.schema]),
@@ -208,6 +211,12 @@ def _table_source(tables: FeatureTables, name: str) -> AsofSource:
     keys = JOIN_KEYS[name]
     features = [column for column in pq.read_schema(path).names if column not in (*keys, EVENT_TIMESTAMP)]
     return AsofSource(path=path, keys={key: key for key in keys}, features={column: column for column in features})
+
+
+def _no_features(num_rows: int, source: AsofSource) -> pa.Table:
+    """Rows without a match."""
+    types = pq.read_schema(source.path)
+    return pa.table({name: pa.nulls(num_rows, types.field(column).type) for name, column in source.features.items()})
 
 
 def _with_file_types(rows: pa.Table, path: str, columns: Mapping[str, str]) -> pa.Table:

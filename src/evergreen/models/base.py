@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -56,13 +57,25 @@ class RankingModel(nn.Module):
 
 def score_rows(model: RankingModel, rows: EncodedRows) -> NDArray[np.float32]:
     """(num_rows,) scores of encoded rows, in chunks, without dropout."""
+    return _in_chunks(model, rows, model)
+
+
+def predict_second_outcome(model: RankingModel, rows: EncodedRows) -> NDArray[np.float32]:
+    """(num_rows,) standardised predictions of a model with two tasks."""
+    if not isinstance(model, TwoTasks):
+        raise TypeError(f"{type(model).__name__} has one task")
+    both = model.both
+    return _in_chunks(model, rows, lambda *inputs: both(*inputs)[1])
+
+
+def _in_chunks(model: RankingModel, rows: EncodedRows, call: Callable[..., Tensor]) -> NDArray[np.float32]:
     parts = [np.empty(0, np.float32)]
     training, device = model.training, model.bias.device
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(rows), _CHUNK_ROWS):
             inputs = rows.inputs(slice(start, start + _CHUNK_ROWS)).to(device)
-            parts.append(model(*inputs).float().cpu().numpy())
+            parts.append(call(*inputs).float().cpu().numpy())
     if training:
         model.train()
     return np.concatenate(parts)

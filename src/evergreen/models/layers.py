@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evergreen.contracts.errors import TrainingError
 from evergreen.models.inputs import PAD, InputSpec
+
+_CGROUP = Path("/sys/fs/cgroup")
+_FLOAT_BYTES = 4
 
 
 class SharedTable(nn.Module):
-    """One embedding table for all fields and bags of an `InputSpec`.
+    """One embedding table for all fields and bags of an `InputSpec`; its gradients are sparse.
 
     Rows of padding, missing and unseen values start at zero: until training says otherwise they add nothing.
     """
 
+    _second: Tensor
+
     def __init__(self, spec: InputSpec, width: int, *, init_std: float) -> None:
+        """Draw the rows from a normal distribution.
+
+        Args:
+            spec: fields, bags and number of rows.
+            width: columns of a row.
+            init_std: standard deviation of the fresh rows.
+
+        Raises:
+            TrainingError: there is less memory than the table needs.
+        """
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.num_embeddings, width))
-        nn.init.normal_(self.weight, std=init_std)
+        check_table_memory(spec.num_embeddings, width)
+        # Numpy asks for huge pages, torch does not: rows far apart are found faster, and the memory is there sooner.
+        rows = torch.from_numpy(np.empty((spec.num_embeddings, width), np.float32))
+        self.weight = nn.Parameter(rows.normal_(std=init_std) if init_std > 0 else rows.zero_())
         with torch.no_grad():
             self.weight[list(spec.untrained_rows)] = 0.0
         self._widths = [bag.width for bag in spec.bags]
+        self._num_fields = len(spec.categorical)
+        self.register_buffer("_second", torch.tensor(spec.second_rows, dtype=torch.int64), persistent=False)
 
     def lookup(self, categorical: Tensor) -> Tensor:
-        """(N, C, width) rows of (N, C) fields."""
-        return functional.embedding(categorical, self.weight)
+        """(N, C, width) rows of (N, C + X) fields; a field with a second row is the sum of both."""
+        rows = functional.embedding(categorical, self.weight, sparse=True)
+        if len(self._second) == 0:
+            return rows
+        return rows[:, : self._num_fields].index_add(1, self._second, rows[:, self._num_fields :])
 
     def pool(self, bags: Tensor, *, exponent: float) -> Tensor:
         """(N, num_bags, width) sums of the bags' rows, each divided by its number of values to the power `exponent`.
@@ -35,10 +62,48 @@ class SharedTable(nn.Module):
         """
         pooled = []
         for rows in torch.split(bags, self._widths, dim=1):
-            total = functional.embedding_bag(rows, self.weight, mode="sum", padding_idx=PAD)
+            total = functional.embedding_bag(rows, self.weight, mode="sum", padding_idx=PAD, sparse=True)
             count = (rows != PAD).sum(dim=1, keepdim=True).clamp(min=1).to(total.dtype)
             pooled.append(total / count**exponent)
         return torch.stack(pooled, dim=1)
+
+
+def check_table_memory(num_embeddings: int, width: int, *, copies: int = 1) -> None:
+    """Refuse a table that does not fit, before any of it is allocated: Linux hands out memory that it does not have.
+
+    Args:
+        num_embeddings: rows of the table.
+        width: float32 columns of a row.
+        copies: how many tables of this size there will be at once; training holds the best weights as well, so 2.
+
+    Raises:
+        TrainingError: the memory that is free now, or that the container may still take, is less.
+    """
+    needed, available = num_embeddings * width * _FLOAT_BYTES * copies, available_memory()
+    if needed > available:
+        raise TrainingError(
+            f"the table of embeddings has {num_embeddings:,} rows of {width} numbers: {copies} x "
+            f"{needed / copies / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of memory are available; take fewer rows "
+            "(encoder: a lower max_categories or oov_buckets, a higher min_count) or a smaller embedding_dim"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, or less where its container is limited."""
+    available: int = psutil.virtual_memory().available
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),  # cgroup v2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),  # cgroup v1
+    ):
+        try:
+            free = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
+            statistics = (_CGROUP / used).with_name("memory.stat").read_text().split()
+            # The page cache counts as used, but makes way.
+            free += int(statistics[statistics.index(cache) + 1])
+        except (OSError, ValueError):  # no such file on this system, or "max": no limit
+            continue
+        available = min(available, free)
+    return available
 
 
 class FirstOrder(nn.Module):

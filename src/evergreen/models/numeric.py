@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.errors import ArtifactError
 
+logger = logging.getLogger(__name__)
+
 _HEAVY_TAIL_SKEWNESS = 2.0  # an exponential's; counts and durations of people lie above
-_QUANTILE_ROWS = 200_000
+_SAMPLE_ROWS = 65_536  # for quantiles and skewness: a sixteenth is found to within 0.1 % of the rows
+_BLOCK_ROWS = 16_384
 CLIP = 10.0
 """Standard deviations beyond which a value is cut, so that one outlier at serving time cannot dominate a score."""
 
@@ -43,11 +47,11 @@ def numeric_values(name: str, array: pa.Array | pa.ChunkedArray) -> NDArray[np.f
         ArtifactError: the column does not hold numbers.
     """
     try:
-        values: NDArray[np.float64] = array.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+        values: NDArray[np.float64] = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ArtifactError(f"feature {name!r}: has type {array.type}, the model reads numbers: {error}") from error
-    if not np.isfinite(values).all():
-        values = np.where(np.isfinite(values), values, np.nan)
+    if (infinite := np.isinf(values)).any():
+        values = np.where(infinite, np.nan, values)
     return values
 
 
@@ -66,13 +70,18 @@ def fit_numeric(name: str, values: NDArray[np.float64], *, num_boundaries: int) 
     if len(present) == 0:
         return None
     has_missing = len(present) < len(values)
-    log = bool(present.min() >= 0 and _skewness(present) > _HEAVY_TAIL_SKEWNESS)
+    step = max(1, len(present) // _SAMPLE_ROWS)
+    log = bool(present.min() >= 0 and _skewness(present[::step]) > _HEAVY_TAIL_SKEWNESS)
     if log:
-        present = np.log1p(present)
+        np.log1p(present, out=present)
     mean, std = float(present.mean()), float(present.std())
     if not std > 1e-12 * max(1.0, abs(mean)):
         std = 1.0  # a constant: the indicator may still say something
-    sample = (present[:: max(1, len(present) // _QUANTILE_ROWS)] - mean) / std
+        logger.warning(
+            "feature %s is constant in the training rows (%g in all %d that have it): take a longer log, or drop it",
+            name, values[~np.isnan(values)][0], len(present),
+        )  # fmt: skip
+    sample = (present[::step] - mean) / std
     inner = np.linspace(0, 1, num_boundaries + 2)[1:-1]
     boundaries = np.unique(np.quantile(np.clip(sample, -CLIP, CLIP), inner).astype(np.float32))
     return NumericColumn(
@@ -82,8 +91,10 @@ def fit_numeric(name: str, values: NDArray[np.float64], *, num_boundaries: int) 
 
 def _skewness(values: NDArray[np.float64]) -> float:
     centred = values - values.mean()
-    std = centred.std()
-    return float((centred**3).mean() / std**3) if std > 0 else 0.0
+    squares = centred * centred
+    variance = float(squares.mean())
+    squares *= centred
+    return float(squares.mean()) / variance**1.5 if variance > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -114,3 +125,26 @@ class NumericEncoder:
         raw[missing] = 0.0
         out[:, :width] = raw
         out[:, width:] = missing[:, self.indicator_of]
+
+    def encode_column(self, place: int, raw: NDArray[np.float64]) -> list[tuple[int, NDArray[np.float32]]]:
+        """Encode one column, raw (n,) with nan where missing; the same bits as `encode`.
+
+        Returns:
+            (n,) columns of the result with their places: the number, and its indicator where it has one.
+        """
+        column = self.columns[place]
+        number = np.empty(len(raw), dtype=np.float32)
+        for start in range(0, len(raw), _BLOCK_ROWS):  # in pieces that stay in the cache
+            values = raw[start : start + _BLOCK_ROWS].copy()
+            missing = np.isnan(values)
+            if column.log:
+                np.log1p(np.maximum(values, 0.0, out=values), out=values)
+            values -= column.mean
+            values /= column.std
+            np.clip(values, -CLIP, CLIP, out=values)
+            values[missing] = 0.0
+            number[start : start + _BLOCK_ROWS] = values
+        if not column.has_missing:
+            return [(place, number)]
+        indicator = len(self.columns) + self.indicator_of.index(place)
+        return [(place, number), (indicator, np.isnan(raw).astype(np.float32))]

@@ -6,6 +6,8 @@
       encoder.json         from features to inputs
       weights.safetensors  of the network, which is built from the registry
       calibration.json     from score to probability (clicks and interactions)
+      position.json        what positions add to scores, where the log has them
+      outcome.json         scale of the second outcome, for models with two tasks
       metrics.json         of training and validation, with the learning curve
       program.pt2          the network as a torch.export program, for runtimes without Evergreen (optional)
       MODEL_CARD.md        for people
@@ -34,10 +36,12 @@ from evergreen.contracts.artifact import JsonModel, atomic_directory, canonical_
 from evergreen.contracts.errors import ArtifactError, TrainingError
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import Feature
-from evergreen.models.base import RankingModel, score_rows
+from evergreen.models.base import RankingModel, predict_second_outcome, score_rows
 from evergreen.models.calibration import Calibration
 from evergreen.models.encoding import Encoder
 from evergreen.models.inputs import EncodedRows
+from evergreen.models.multi_task import OutcomeScale
+from evergreen.models.position import PositionEffects
 from evergreen.models.registry import build_model, model_config
 
 FORMAT_VERSION = 1
@@ -91,6 +95,10 @@ class ModelPackage:
     model: RankingModel
     calibration: Calibration | None
     """None for ratings."""
+    position: PositionEffects | None
+    """None where the model learned nothing of positions."""
+    outcome: OutcomeScale | None
+    """None for a model with one task."""
     metrics: dict[str, Any]
 
     MANIFEST = "manifest.json"
@@ -98,6 +106,8 @@ class ModelPackage:
     ENCODER = "encoder.json"
     WEIGHTS = "weights.safetensors"
     CALIBRATION = "calibration.json"
+    POSITION = "position.json"
+    OUTCOME = "outcome.json"
     METRICS = "metrics.json"
     PROGRAM = "program.pt2"
     CARD = "MODEL_CARD.md"
@@ -143,6 +153,8 @@ class ModelPackage:
             encoder=encoder,
             model=_load_network(path / cls.WEIGHTS, info, encoder),
             calibration=Calibration.read(path / cls.CALIBRATION) if calibrated else None,
+            position=PositionEffects.read(path / cls.POSITION) if cls.POSITION in manifest.files else None,
+            outcome=OutcomeScale.read(path / cls.OUTCOME) if cls.OUTCOME in manifest.files else None,
             metrics=json.loads((path / cls.METRICS).read_bytes()),
         )
 
@@ -165,7 +177,26 @@ class ModelPackage:
         """(num_rows,) calibrated probability in [0, 1], or rating within its range; `table` as in `scores`."""
         return self.calibrate(self.scores(table))
 
-    def calibrate(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    def predict_encoded(self, rows: EncodedRows, positions: NDArray[np.integer] | None = None) -> NDArray[np.float64]:
+        """(num_rows,) like `predict`, of rows that `encoder` made.
+
+        Args:
+            rows: encoded.
+            positions: (num_rows,) where each row was shown, 0 where unknown, to compare predictions with logged
+                clicks. None: the average position, which is what serving predicts for.
+        """
+        scores = self.scores_of_encoded(rows)
+        if positions is not None and self.position is not None:
+            return self.calibrate(scores + self.position.at(positions))
+        return self.calibrate(scores)
+
+    def predict_outcome(self, rows: EncodedRows) -> NDArray[np.float64]:
+        """(num_rows,) second outcome, in the unit of the log; only for models with two tasks (see `outcome`)."""
+        if self.outcome is None:
+            raise ArtifactError(f"{self.path}: model {self.info.name} has learned no second outcome")
+        return self.outcome.restore(predict_second_outcome(self.model, rows))
+
+    def calibrate(self, scores: NDArray[np.floating]) -> NDArray[np.float64]:
         """(n,) what scores predict: a probability in [0, 1], or a rating within its range."""
         if self.calibration is not None:
             return self.calibration.apply(scores)
@@ -179,6 +210,8 @@ def write_package(
     encoder: Encoder,
     model: RankingModel,
     calibration: Calibration | None,
+    position: PositionEffects | None,
+    outcome: OutcomeScale | None,
     metrics: dict[str, Any],
     card: str,
     export_program: bool,
@@ -191,6 +224,8 @@ def write_package(
         encoder: fitted.
         model: trained.
         calibration: for clicks and interactions.
+        position: effects of positions, if learned.
+        outcome: scale of the second outcome, if learned.
         metrics: goes to metrics.json.
         card: Markdown of the model card.
         export_program: whether to add program.pt2.
@@ -200,8 +235,14 @@ def write_package(
         encoder.write(scratch / ModelPackage.ENCODER)
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         (scratch / ModelPackage.WEIGHTS).write_bytes(save(weights))  # save_file makes it readable by its owner alone
-        if calibration is not None:
-            calibration.write(scratch / ModelPackage.CALIBRATION)
+        parts = {
+            ModelPackage.CALIBRATION: calibration,
+            ModelPackage.POSITION: position,
+            ModelPackage.OUTCOME: outcome,
+        }
+        for name, part in parts.items():
+            if part is not None:
+                part.write(scratch / name)
         text = json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False)
         (scratch / ModelPackage.METRICS).write_text(text + "\n")
         (scratch / ModelPackage.CARD).write_text(card)

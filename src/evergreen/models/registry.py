@@ -21,7 +21,12 @@ _CLASSES = {
     "popularity": ("evergreen.models.popularity", "Popularity"),
     "logistic_regression": ("evergreen.models.logistic_regression", "LogisticRegression"),
     "factorization_machine": ("evergreen.models.factorization_machine", "FactorizationMachine"),
+    "two_tower": ("evergreen.models.two_tower", "TwoTower"),
     "deepfm": ("evergreen.models.deepfm", "DeepFM"),
+    "multi_task_deepfm": ("evergreen.models.multi_task", "MultiTaskDeepFM"),
+    "dlrm": ("evergreen.models.dlrm", "DLRM"),
+    "dcn_v2": ("evergreen.models.dcn_v2", "DCNv2"),
+    "transformer": ("evergreen.models.transformer", "Transformer"),
 }
 
 MODEL_NAMES = tuple(_CLASSES)

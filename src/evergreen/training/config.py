@@ -15,7 +15,7 @@ class TrainingConfig(JsonModel):
 
     model: str = "deepfm"
     """A name of `evergreen.models.registry.MODEL_NAMES`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of initial weights, batch order and dropout."""
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     """Of the model; its own defaults where left out."""

@@ -1,181 +1,304 @@
-"""The training loop: mini-batches over encoded rows in memory, early stopping on validation, the best weights kept."""
+"""The training loop: mini-batches over encoded rows, early stopping on validation, the best weights kept.
+
+Every draw (the order of rows, negatives, dropped ids, dropout) is a function of the seed and of the epoch or step, so a
+run that was killed goes on from its checkpoint to the same weights, and processes that share a batch agree.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from evergreen.contracts.errors import TrainingError
-from evergreen.models.base import RankingModel, score_rows
-from evergreen.models.inputs import EncodedRows, ModelInputs
+from evergreen.contracts.mapping import LogKind
+from evergreen.models.base import RankingModel
+from evergreen.models.inputs import InputSpec, ModelInputs
+from evergreen.models.position import PositionEffect
+from evergreen.training.checkpoint import Checkpoint, CurvePoint, Progress
 from evergreen.training.config import TrainingConfig
+from evergreen.training.distributed import Workers
+from evergreen.training.imbalance import sample_negatives
+from evergreen.training.optimizers import Optimizers
+from evergreen.training.task import Examples, TrainingTask
 
 logger = logging.getLogger(__name__)
 
 _ID_FIELDS = ("user_id", "item_id")
+_MIN_BATCH = 16
+_DIVERGED = 10.0
+"""A validation loss this many times that of the start will not come back."""
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(N,) scores and (N,) labels to the mean loss."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Encoded rows, and what is known of each beside its features. All arrays are (num_rows,)."""
-
-    rows: EncodedRows
-    labels: NDArray[np.float32]
-    positions: NDArray[np.int32] | None = None
-    """Where on the page it was shown, from 1; 0 where unknown. None when the log has no positions."""
-    propensities: NDArray[np.float32] | None = None
-    """Probability that the logging policy showed it; nan where unknown."""
-    outcomes: NDArray[np.float32] | None = None
-    """Of the second task, standardised; nan where there is none."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
+# What a draw is for; makes the draws of one epoch or step independent of each other.
+_ORDER, _NEGATIVES, _IDS, _DROPOUT = range(4)
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """One evaluation: mean training loss since the one before, and validation loss."""
+class Fit:
+    """What training leaves behind, beside the weights."""
 
-    step: int
-    epoch: float
-    train_loss: float | None
-    """None before the first step."""
-    validation_loss: float
-
-
-def click_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits."""
-    return functional.binary_cross_entropy_with_logits(scores, labels)
-
-
-def rating_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Squared error."""
-    return functional.mse_loss(scores, labels)
+    curve: tuple[CurvePoint, ...]
+    """The first point, step 0, is the model as it was given."""
+    position: PositionEffect | None
 
 
 def fit_by_gradient(
-    model: RankingModel, train: Examples, validation: Examples, config: TrainingConfig, *, loss: Loss
-) -> list[CurvePoint]:
-    """Train until validation stops getting better; leaves the best weights in the model.
+    model: RankingModel,
+    train: Examples,
+    validation: Examples,
+    config: TrainingConfig,
+    *,
+    kind: LogKind,
+    workers: Workers | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Fit:
+    """Train until validation stops getting better; leaves the best weights in the model, on the CPU.
 
     Args:
-        model: fresh, with its output set to the base rate.
+        model: with its output set to the base rate, or warm.
         train: rows to learn from.
         validation: rows that decide when to stop.
         config: how.
-        loss: mean loss of scores and labels; for ratings it is divided by the labels' variance.
-
-    Returns:
-        The learning curve; the first point, step 0, is the base rate.
+        kind: of the log; decides the loss.
+        workers: processes that train together; each calls this with the same arguments.
+        checkpoint: where to go on from, and where to save; None: a killed run starts over.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or grows without end.
+        ArtifactError: the checkpoint is of another run.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    batch_size = min(config.batch_size, max(16, math.ceil(len(train) / config.min_steps_per_epoch)))
-    steps_per_epoch = math.ceil(len(train) / batch_size)
-    interval = max(1, steps_per_epoch // config.evaluations_per_epoch)
-    optimizers = _optimizers(model, config)
-    labels = torch.from_numpy(train.labels)
-    unit = float(model.scale) ** 2
-    watched = thin(validation, config.max_validation_rows)
+    run = _Run(model, train, validation, config, kind, workers or Workers(), checkpoint)
+    try:
+        return run.fit()
+    finally:
+        model.cpu()
 
-    def validation_loss() -> float:
-        return float(loss(torch.from_numpy(score_rows(model, watched.rows)), torch.from_numpy(watched.labels)))
 
-    curve = [CurvePoint(0, 0.0, None, validation_loss())]
-    best, best_weights = sys.float_info.max, _copy(model)
-    waited, step, summed, started = 0, 0, 0.0, time.perf_counter()
-    for batch in _batches(len(train), batch_size, config.max_epochs, generator):
-        model.train()
-        inputs = _drop_ids(train.rows, train.rows.inputs(batch.numpy()), config.id_dropout, generator)
-        value = loss(model(*inputs), labels[batch])
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        (value / unit).backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        summed += value.item()
-        if step % interval:
-            continue
-        train_loss = summed / interval
-        point = CurvePoint(step, step / steps_per_epoch, train_loss, validation_loss())
-        curve.append(point)
-        if not (math.isfinite(train_loss) and math.isfinite(point.validation_loss)):
-            raise TrainingError(
-                f"model {config.model}: the loss is {train_loss} in training and {point.validation_loss} on "
-                f"validation at step {step}: lower learning_rate ({config.learning_rate}) and embedding_learning_rate "
-                f"({config.embedding_learning_rate}), or look for extreme values in the labels"
+class _Run:
+    """One call of `fit_by_gradient`."""
+
+    def __init__(
+        self,
+        model: RankingModel,
+        train: Examples,
+        validation: Examples,
+        config: TrainingConfig,
+        kind: LogKind,
+        workers: Workers,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._config, self._workers, self._checkpoint = config, workers, checkpoint
+        self._train = train
+        self._device = torch_device(config)
+        self._task = TrainingTask(model, config, kind, train).to(self._device)
+        self._shift_bias(-self._task.correction)
+        self._optimizers = Optimizers(self._task, config)
+        self._optimizers.drop_gradients()
+        self._id_dropout = 0.0 if self._task.own_loss is not None else config.id_dropout
+        thinned = kind is not LogKind.RATINGS and config.negative_rate < 1
+        self._num_rows = len(self._negatives(0)) if thinned else len(train)
+        self._thinned = thinned
+        self._batch_size = min(
+            config.batch_size, max(_MIN_BATCH, math.ceil(self._num_rows / config.min_steps_per_epoch))
+        )
+        self._steps_per_epoch = math.ceil(self._num_rows / self._batch_size)
+        self._interval = max(1, self._steps_per_epoch // config.evaluations_per_epoch)
+        watched = thin(validation, config.max_validation_rows)
+        self._watched = watched.take(np.arange(len(watched))[workers.share(len(watched))])
+        self._autocast = torch.autocast(
+            self._device.type,
+            dtype=torch.bfloat16,
+            enabled=config.precision == "bfloat16" or (config.precision == "auto" and self._device.type == "cuda"),
+        )
+        self._saved = time.perf_counter()
+
+    def fit(self) -> Fit:
+        """Train from the start or from the checkpoint."""
+        state = self._checkpoint.load() if self._checkpoint is not None else None
+        if state is None:
+            curve = [CurvePoint(step=0, epoch=0.0, train_loss=None, validation_loss=self._validate())]
+            done, waited, factor, best = 0, 0, 1.0, self._weights()
+        else:
+            progress, tensors = state
+            self._task.load_state_dict(_group(tensors, "weights"))
+            self._optimizers.restore(_group(tensors, "optimizer"))
+            best = {name: tensor.to(self._device) for name, tensor in _group(tensors, "best").items()}
+            curve = list(progress.curve)
+            done, waited, factor = progress.step, progress.waited, progress.learning_rate_factor
+            logger.info("%s: going on from step %d of the checkpoint", self._config.model, done)
+        self._optimizers.scale_learning_rates(factor)
+        best_loss = min((point.validation_loss for point in curve[1:]), default=math.inf)
+        summed, started, first = torch.zeros((), device=self._device), time.perf_counter(), done
+        for step, batch in self._batches(done):
+            if waited >= self._config.patience:
+                break
+            summed += self._step(step, batch)
+            if step % self._interval:
+                continue
+            train_loss = self._workers.sum_values(float(summed), device=self._device)[0] / self._interval
+            summed.zero_()
+            point = CurvePoint(
+                step=step,
+                epoch=step / self._steps_per_epoch,
+                train_loss=train_loss,
+                validation_loss=self._validate(),
             )
-        rate = step * batch_size / (time.perf_counter() - started)
-        logger.info(
-            "%s epoch %.2f: loss %.5f, validation %.5f, %.0f samples/s",
-            config.model, point.epoch, train_loss, point.validation_loss, rate,
-        )  # fmt: skip
-        summed = 0.0
-        waited = 0 if point.validation_loss < best - config.min_improvement * abs(best) else waited + 1
-        if point.validation_loss < best:
-            best, best_weights = point.validation_loss, _copy(model)
-        if waited >= config.patience:
-            break
-    model.load_state_dict(best_weights)
-    return curve
+            curve.append(point)
+            self._check(point, curve[0])
+            rate = (step - first) * self._batch_size / (time.perf_counter() - started)
+            logger.info(
+                "%s epoch %.2f: loss %.5f, validation %.5f, %s samples/s",
+                self._config.model, point.epoch, train_loss, point.validation_loss, f"{rate:,.0f}",
+            )  # fmt: skip
+            if point.validation_loss < best_loss - self._config.min_improvement * abs(best_loss):
+                waited = 0
+            else:
+                waited += 1
+                factor *= self._config.plateau_factor
+                self._optimizers.scale_learning_rates(factor)
+            if point.validation_loss < best_loss:
+                best_loss, best = point.validation_loss, self._weights()
+            self._save(
+                Progress(run="", step=step, learning_rate_factor=factor, waited=waited, curve=tuple(curve)), best
+            )
+        self._task.load_state_dict(best)
+        self._shift_bias(self._task.correction)
+        return Fit(tuple(curve), self._task.position)
+
+    def _step(self, step: int, batch: NDArray[np.int64]) -> Tensor:
+        """Take one step; returns this process's part of the batch's mean loss."""
+        config, workers = self._config, self._workers
+        dropped = self._dropped_ids(step, len(batch))
+        share = workers.share(len(batch))
+        part: float = (share.stop - share.start) / len(batch)
+        if part == 0:  # a batch of fewer rows than processes: one row without weight, as a mean of no rows is nan
+            share = slice(0, 1)
+        rows = batch[share]
+        inputs = self._train.rows.inputs(rows)
+        if dropped is not None:
+            _drop_ids(self._train.rows.spec, inputs, dropped[share], _rng(config.seed, _IDS, step, workers.rank + 1))
+        self._task.train()
+        torch.manual_seed(_seed(config.seed, _DROPOUT, step, workers.rank))
+        with self._autocast:
+            value, minimised = self._task.loss(inputs.to(self._device), self._train.targets(rows, self._device))
+        (minimised * part).backward()  # type: ignore[no-untyped-call]
+        workers.sum_gradients(self._optimizers.parameters)
+        self._optimizers.step()
+        return value.detach() * part
+
+    def _validate(self) -> float:
+        """Mean loss of the validation rows that are watched."""
+        total, count = self._workers.sum_values(
+            *self._task.evaluate(self._watched, batch_size=self._batch_size), device=self._device
+        )
+        return total / count if count else math.nan
+
+    def _check(self, point: CurvePoint, start: CurvePoint) -> None:
+        config = self._config
+        finite = math.isfinite(point.train_loss or 0.0) and math.isfinite(point.validation_loss)
+        if finite and abs(point.validation_loss) <= _DIVERGED * max(abs(start.validation_loss), 1e-6):
+            return
+        raise TrainingError(
+            f"model {config.model} diverges: the loss is {point.train_loss} in training and {point.validation_loss} on "
+            f"validation at step {point.step}, from {start.validation_loss:.5g}: lower learning_rate "
+            f"({config.learning_rate}) and embedding_learning_rate ({config.embedding_learning_rate}), or look for "
+            "extreme values in the labels"
+        )
+
+    def _batches(self, done: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Steps after `done`, from 1, and the rows of each."""
+        for epoch in range(done // self._steps_per_epoch, self._config.max_epochs):
+            rows = self._negatives(epoch) if self._thinned else np.arange(self._num_rows)
+            rows = _rng(self._config.seed, _ORDER, epoch).permutation(rows)
+            first = epoch * self._steps_per_epoch
+            for place in range(max(0, done - first), self._steps_per_epoch):
+                yield first + place + 1, rows[place * self._batch_size : (place + 1) * self._batch_size]
+
+    def _negatives(self, epoch: int) -> NDArray[np.int64]:
+        """Rows of an epoch when negatives are thinned: others in each."""
+        seed = _seed(self._config.seed, _NEGATIVES, epoch)
+        return sample_negatives(self._train.labels, self._config.negative_rate, seed=seed)
+
+    def _dropped_ids(self, step: int, num_rows: int) -> NDArray[np.bool_] | None:
+        """(num_rows, C) which ids of a batch are read as unseen."""
+        fields = self._train.rows.spec.categorical
+        is_id = np.array([field.name in _ID_FIELDS for field in fields], dtype=np.bool_)
+        if self._id_dropout == 0 or not is_id.any():
+            return None
+        dropped = np.zeros((num_rows, len(fields)), dtype=np.bool_)
+        shape = (num_rows, int(is_id.sum()))
+        dropped[:, is_id] = _rng(self._config.seed, _IDS, step).random(shape, dtype=np.float32) < self._id_dropout
+        return dropped
+
+    def _shift_bias(self, shift: float) -> None:
+        """Between log-odds of all rows and of those that training sees, where negatives are fewer or weigh less."""
+        with torch.no_grad():
+            self._task.model.bias.add_(shift)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self._task.state_dict().items()}
+
+    def _save(self, progress: Progress, best: dict[str, Tensor]) -> None:
+        if self._checkpoint is None or not self._workers.is_first:
+            return
+        if time.perf_counter() - self._saved < self._checkpoint.interval_seconds:
+            return
+        tensors = {f"weights/{name}": value for name, value in self._task.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in best.items()}
+        tensors |= {f"optimizer/{name}": value for name, value in self._optimizers.state().items()}
+        self._checkpoint.save(progress.model_copy(update={"run": self._checkpoint.run}), tensors)
+        self._saved = time.perf_counter()
 
 
-def _optimizers(model: RankingModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Adagrad for parameters of which a batch looks up some rows, Adam for the others."""
-    tables: list[nn.Parameter] = []
-    bins: list[nn.Parameter] = []
-    dense: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        group = tables if name.startswith("table.") else bins if name.endswith("bin_table") else dense
-        group.append(parameter)
-    groups = [(tables, config.embedding_learning_rate), (bins, config.bin_learning_rate)]
-    adagrad = [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=config.learning_rate)]
-    if adagrad:
-        optimizers.append(torch.optim.Adagrad(adagrad, initial_accumulator_value=config.initial_accumulator))
-    return optimizers
+def torch_device(config: TrainingConfig) -> torch.device:
+    """The device of a configuration.
 
-
-def _batches(num_rows: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    for _ in range(epochs):
-        yield from torch.split(torch.randperm(num_rows, generator=generator), batch_size)
-
-
-def _drop_ids(rows: EncodedRows, inputs: ModelInputs, rate: float, generator: torch.Generator) -> ModelInputs:
-    """Read a share of user and item ids as unseen."""
-    if rate == 0:
-        return inputs
-    categorical = inputs.categorical
-    for place, field in enumerate(rows.spec.categorical):
-        if field.name in _ID_FIELDS:
-            dropped = torch.rand(len(categorical), generator=generator) < rate
-            categorical[dropped, place] = field.unseen
-    return inputs
+    Raises:
+        TrainingError: a GPU is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise TrainingError('device="cuda": torch finds no GPU; use device="auto" or install torch for CUDA')
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
 def thin(examples: Examples, max_rows: int) -> Examples:
     """Every n-th row, such that at most `max_rows` are left."""
     step = math.ceil(len(examples) / max_rows)
-    if step == 1:
-        return examples
-    return Examples(examples.rows.take(np.arange(0, len(examples), step)), examples.labels[::step])
+    return examples if step <= 1 else examples.take(np.arange(0, len(examples), step))
 
 
-def _copy(model: RankingModel) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
+def _drop_ids(spec: InputSpec, inputs: ModelInputs, dropped: NDArray[np.bool_], rng: np.random.Generator) -> None:
+    """Read ids as unseen, in place: any of the rows that unseen values share."""
+    for place, field in enumerate(spec.categorical):
+        rows = torch.from_numpy(np.flatnonzero(dropped[:, place]))
+        if len(rows) == 0:
+            continue
+        columns = [place]
+        if place in spec.second_rows:
+            columns.append(len(spec.categorical) + spec.second_rows.index(place))
+        for column in columns:
+            unseen = field.unseen + rng.integers(field.num_shared, size=len(rows))
+            inputs.categorical[rows, column] = torch.from_numpy(unseen)
+
+
+def _seed(*parts: int) -> int:
+    """A seed that is independent for each combination of non-negative numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _rng(*parts: int) -> np.random.Generator:
+    return np.random.default_rng(parts)
+
+
+def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors whose name begins with the prefix, without it."""
+    start = f"{prefix}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

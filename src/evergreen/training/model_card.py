@@ -12,6 +12,7 @@ from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import SPLITS, TrainingSetManifest
 from evergreen.models.calibration import Calibration
 from evergreen.models.package import ModelInfo
+from evergreen.models.position import PositionEffects
 
 _PREDICTS = {
     LogKind.IMPRESSIONS: "the probability that an item is clicked when it is shown",
@@ -21,14 +22,18 @@ _PREDICTS = {
 }
 
 _LIMITS = {
-    LogKind.IMPRESSIONS: "Clicks depend on position and on what the logging policy showed; neither is corrected for.",
+    LogKind.IMPRESSIONS: "Clicks depend on what the logging policy showed; that is not corrected for.",
     LogKind.INTERACTIONS: "Nobody knows what users saw: negatives are drawn evenly from the items of the moment.",
     LogKind.RATINGS: "People rate what they chose; the rating of items that nobody would choose is extrapolated.",
 }
 
 
 def model_card(
-    info: ModelInfo, training_set: TrainingSetManifest, metrics: dict[str, Any], calibration: Calibration | None
+    info: ModelInfo,
+    training_set: TrainingSetManifest,
+    metrics: dict[str, Any],
+    calibration: Calibration | None,
+    position: PositionEffects | None,
 ) -> str:
     """Markdown of the card.
 
@@ -37,6 +42,7 @@ def model_card(
         training_set: what it was trained on.
         metrics: numbers are listed; curves are left to metrics.json.
         calibration: None for ratings.
+        position: what positions add to scores, where they were learned.
     """
     figures = [(name, f"{value:.5g}") for name, value in metrics.items() if isinstance(value, (int, float))]
     splits = [
@@ -59,8 +65,7 @@ def model_card(
         "Scores are ratings; they are clipped to "
         f"[{info.rating_minimum:g}, {info.rating_maximum:g}]."
         if calibration is None
-        else "Scores are logits; Platt scaling on validation rows makes them probabilities: "
-        f"sigmoid({calibration.slope:.4g} x score {calibration.intercept:+.4g})."
+        else f"Scores are logits; {calibration.in_words()}."
     )  # fmt: skip
     return "\n".join(
         [
@@ -95,7 +100,8 @@ def model_card(
             "",
             "## Limits",
             "",
-            f"{_LIMITS[info.kind]} The model knows the world up to the end of its training split; features go on "
+            f"{_LIMITS[info.kind]} {_position_words(info, position)}"
+            "The model knows the world up to the end of its training split; features go on "
             "changing after it, weights do not.",
             "",
             "## Training",
@@ -105,6 +111,18 @@ def model_card(
             *_table(("setting", "value"), hyperparameters),
             "",
         ]
+    )
+
+
+def _position_words(info: ModelInfo, position: PositionEffects | None) -> str:
+    if info.kind is not LogKind.IMPRESSIONS:
+        return ""
+    if position is None:
+        return "Clicks also depend on the position on the page, which this model has not learned apart. "
+    effects = ", ".join(f"{effect:+.2f}" for effect in position.effects[1:])
+    return (
+        f"The position's effect on the log-odds of a click was learned apart from the items ({effects}, from the top) "
+        "and is left out when serving: probabilities are those of an average position. "
     )
 
 

@@ -36,6 +36,15 @@ from evergreen.training.dataset import build_training_set
 START = datetime(2024, 3, 4, tzinfo=UTC)  # a Monday
 
 
+def whole_rows(users: pa.Table, candidates: pa.Table, user_of: np.ndarray) -> pa.Table:
+    """A row for each candidate; columns that candidates do not fill are the user's."""
+    columns = {
+        name: users[name].take(pa.array(user_of)) if values.null_count == len(values) else values
+        for name, values in zip(candidates.column_names, candidates.columns, strict=True)
+    }
+    return pa.table(columns)
+
+
 @dataclass
 class FormulaScorer:
     """A model that is a formula of the rows: everything that an evaluation needs of a model package."""
@@ -54,8 +63,15 @@ class FormulaScorer:
     def version(self) -> str:
         return f"{self.name}-0123456789ab"
 
-    def scores(self, table: pa.Table) -> np.ndarray:
-        return self.formula(table)
+    @property
+    def encoder(self) -> Any:
+        return SimpleNamespace(digest="none", transform=lambda table: table, transform_pairs=whole_rows)
+
+    def scores_of_encoded(self, rows: pa.Table) -> np.ndarray:
+        return self.formula(rows)
+
+    def predict_encoded(self, rows: pa.Table, positions: np.ndarray | None = None) -> np.ndarray:
+        return self.predict(rows)
 
     def predict(self, table: pa.Table) -> np.ndarray:
         return self.probability(self.formula(table))

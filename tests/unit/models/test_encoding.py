@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from evergreen.contracts.errors import ArtifactError, TrainingError
 from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
-from evergreen.models.encoding import Encoder, EncoderConfig
-from evergreen.models.inputs import PAD
+from evergreen.models.encoding import Encoder, EncoderConfig, FieldLimits, open_parquet
+from evergreen.models.inputs import PAD, EncodedRows
 
 
 def feature(name: str, kind: ColumnKind) -> Feature:
@@ -156,3 +158,133 @@ def test_number_that_is_always_missing_is_left_out() -> None:
     assert [column.name for column in Encoder.fit(table, features).spec.numeric] == ["y"]
     with pytest.raises(TrainingError, match="all 1 features are missing"):
         Encoder.fit(table, features[:1])
+
+
+def same_rows(left: EncodedRows, right: EncodedRows) -> bool:
+    return left.spec == right.spec and all(a.equal(b) for a, b in zip(left.inputs(), right.inputs(), strict=True))
+
+
+def random_table(num_rows: int, *, seed: int = 0) -> pa.Table:
+    """Zipf-distributed ids with nulls, numbers of both kinds, and bags of both kinds; columns as of TABLE."""
+    rng = np.random.default_rng(seed)
+
+    def words(prefix: str, size: int) -> list[str | None]:
+        return [None if i % 50 == 0 else f"{prefix}{i}" for i in rng.zipf(1.4, size)]
+
+    return pa.table(
+        {
+            "item_id": words("i", num_rows),
+            "device": words("d", num_rows),
+            "count": pa.array(np.where(rng.random(num_rows) < 0.1, np.nan, rng.lognormal(1, 2, num_rows))),
+            "user_history": [[f"i{i}" for i in rng.zipf(1.4, k % 5)] if k % 7 else None for k in range(num_rows)],
+            "tags": [[f"t{i}" for i in rng.integers(9, size=k % 4)] for k in range(num_rows)],
+        },
+        TABLE.schema,
+    )
+
+
+HASHED = EncoderConfig(history_length=3, min_count=3, oov_buckets=16, num_hashes=2)
+
+
+@pytest.mark.parametrize("config", [CONFIG, HASHED])
+def test_fit_transform_is_fit_and_transform(config: EncoderConfig) -> None:
+    table = random_table(3000)
+    encoder, rows = Encoder.fit_transform(table.column, FEATURES, config)
+    assert same_rows(rows, Encoder.fit(table, FEATURES, config).transform(table))
+    pieces = pa.concat_tables([table.slice(0, 1000), table.slice(1000)])
+    assert same_rows(rows, Encoder.fit_transform(pieces.column, FEATURES, config)[1])
+    assert same_rows(rows, encoder.transform_batches(table.to_batches(max_chunksize=333), num_rows=3000))
+
+
+def test_parquet_read_as_dictionaries_gives_the_same_rows(tmp_path: Path) -> None:
+    table = random_table(3000)
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=1100)
+    with open_parquet(tmp_path / "rows.parquet", FEATURES) as file:
+        assert pa.types.is_dictionary(file.schema_arrow.field("item_id").type)
+        encoder, rows = Encoder.fit_transform(lambda name: file.read([name])[name], FEATURES, HASHED)
+        batches = encoder.transform_batches(file.iter_batches(batch_size=700), num_rows=3000)
+    assert same_rows(rows, Encoder.fit(table, FEATURES, HASHED).transform(table))
+    assert same_rows(rows, batches)
+
+
+def test_slice_of_a_large_dictionary_is_encoded(encoder: Encoder) -> None:
+    place = TABLE.schema.get_field_index("device")
+    many = pa.concat_arrays([TABLE["device"].combine_chunks(), pa.array([f"other {i}" for i in range(99)])])
+    table = TABLE.set_column(place, "device", many.dictionary_encode().slice(0, 6))
+    assert encoder.transform(table).inputs().categorical.equal(encoder.transform(TABLE).inputs().categorical)
+
+
+def test_value_without_a_row_is_the_sum_of_two_shared_rows() -> None:
+    encoder = Encoder.fit(TABLE, FEATURES, HASHED)
+    item, device = encoder.spec.categorical
+    assert encoder.spec.second_rows == (0, 1)
+    assert encoder.spec.categorical_width == 4
+    assert (item.unseen, item.num_shared) == (item.start + 1, 16)
+    rows = encoder.transform(TABLE).categorical
+    assert rows.shape == (6, 4)
+    shared = range(item.unseen, item.unseen + 16)
+    assert all(row in shared for row in [*rows[:5, 0], *rows[:5, 2]])
+    assert rows[5].tolist()[::2] == [item.start, PAD]  # missing
+    assert rows[:, 3].tolist() == [PAD] * 6  # x and y are seen three times
+    assert (rows[:, 1] >= device.unseen + 16).all()
+
+
+def test_one_field_can_be_hashed_alone() -> None:
+    limits = FieldLimits(max_categories=0, oov_buckets=1000)
+    encoder = Encoder.fit(TABLE, FEATURES, EncoderConfig(num_hashes=2, fields={"item_id": limits}))
+    item, device = encoder.spec.categorical
+    assert (item.num_rows, device.num_rows) == (1001, 4)
+    assert encoder.spec.second_rows == (0,)
+    history = encode(encoder, user_history=["a", "never", "b"])["user_history"]
+    assert (history[:3] > item.start).all()  # without rows of their own, unseen items count in a history, too
+    assert history[0] == encode(encoder, item_id="a")["item_id"]
+
+
+def test_rows_of_a_hashed_field_do_not_start_at_zero() -> None:
+    item, device = (config := Encoder.fit(TABLE, FEATURES, CONFIG)).spec.categorical
+    assert {item.start, item.unseen, device.start, device.unseen} < set(config.spec.untrained_rows)
+    hashed = Encoder.fit(TABLE, FEATURES, EncoderConfig(max_categories=0, oov_buckets=1 << 18)).spec
+    assert hashed.untrained_rows == (PAD, *(start for start in range(1, hashed.num_embeddings, 1 + (1 << 18))))
+
+
+def test_limits_of_an_unknown_field_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"`fields` name count, itm: not among the categorical features"):
+        Encoder.fit(TABLE, FEATURES, EncoderConfig(fields={"itm": FieldLimits(), "count": FieldLimits()}))
+
+
+def test_limits_survive_json(tmp_path: Path) -> None:
+    config = EncoderConfig(num_hashes=2, fields={"item_id": FieldLimits(max_categories=1, oov_buckets=5)})
+    encoder = Encoder.fit(TABLE, FEATURES, config)
+    encoder.write(tmp_path / "encoder.json")
+    assert same_rows(Encoder.read(tmp_path / "encoder.json").transform(TABLE), encoder.transform(TABLE))
+
+
+def test_constant_number_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    features = [feature("x", ColumnKind.NUMERIC), feature("y", ColumnKind.NUMERIC)]
+    with caplog.at_level(logging.WARNING):
+        Encoder.fit(pa.table({"x": [7.0, None, 7.0], "y": [1.0, 2.0, 3.0]}), features)
+    assert [record.getMessage() for record in caplog.records] == [
+        "feature x is constant in the training rows (7 in all 2 that have it): take a longer log, or drop it"
+    ]
+
+
+def test_category_that_holds_lists_is_named(encoder: Encoder) -> None:
+    place = TABLE.schema.get_field_index("device")
+    with pytest.raises(ArtifactError, match=r"'device': has type list.*the model reads strings"):
+        encoder.transform(TABLE.set_column(place, "device", TABLE["tags"]))
+
+
+def test_inputs_of_random_rows_are_padded_bag_by_bag() -> None:
+    encoder, rows = Encoder.fit_transform((table := random_table(500)).column, FEATURES, HASHED)
+    chosen = np.random.default_rng(1).integers(500, size=200)
+    bags = rows.inputs(chosen).bags.numpy()
+    expected = [
+        [*values[start:end], *[PAD] * (bag.width - (end - start))]
+        for row in chosen
+        for bag, values, (start, end) in [
+            (spec, bag.values, bag.offsets[row : row + 2])
+            for spec, bag in zip(encoder.spec.bags, rows.bags, strict=True)
+        ]
+    ]
+    assert bags.tolist() == [left + right for left, right in zip(expected[::2], expected[1::2], strict=True)]
+    assert table.num_rows == len(rows)
