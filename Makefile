@@ -52,6 +52,21 @@ lint: setup  ## Check style and the import rules
 typecheck: setup  ## Check types, strictly
 	$(RUN)mypy
 
+BENCHMARK_CACHE ?= build/benchmarks
+
+.PHONY: benchmark
+benchmark: setup  ## Measure against FuxiCTR, Vowpal Wabbit and the truth; about an hour on an idle machine
+	$(RUN)python benchmarks/trainer.py --cache $(BENCHMARK_CACHE) --out benchmarks/trainer.md
+	$(RUN)python benchmarks/vowpal_wabbit.py --cache $(BENCHMARK_CACHE) --csv --out benchmarks/vowpal_wabbit.md
+	$(RUN)python benchmarks/position_bias.py --out benchmarks/position_bias.md
+	$(RUN)python benchmarks/truth.py --out benchmarks/truth.md
+
+.PHONY: quality
+quality: setup  ## Published settings on files that you give: FRAPPE=folder ML1M=file (benchmarks/quality/README.md)
+	@test -n "$(FRAPPE)$(ML1M)" || { echo "give FRAPPE=folder or ML1M=file; see benchmarks/quality/README.md"; exit 2; }
+	$(if $(FRAPPE),$(RUN)python benchmarks/quality/frappe.py $(foreach s,train valid test,--$(s) $(firstword $(wildcard $(FRAPPE)/$(s)*))) --out benchmarks/quality/frappe.md)
+	$(if $(ML1M),$(RUN)python benchmarks/quality/movielens_1m.py --data $(ML1M) --out benchmarks/quality/movielens_1m.md)
+
 .PHONY: clean
 clean:  ## Remove what was built and run (not .venv)
 	rm -rf build dist runs local_outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*

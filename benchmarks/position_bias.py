@@ -1,6 +1,6 @@
 """Does correcting for position move the ranking toward what people truly prefer? On logs whose truth is known.
 
-    python benchmarks/position_bias.py [--seeds 3] [--days 30] [--out benchmarks/position_bias.md]
+    python benchmarks/position_bias.py [--seeds 2] [--days 30] [--out benchmarks/position_bias.md]
 
 Two worlds. In `placed by chance`, the simulator's own, the catalogue is large against a slate, so that what stands on
 top is nearly a matter of chance. In `popular on top` the policy sorts its slates by the click rates that it has seen,
@@ -163,7 +163,7 @@ def text(interval: Interval) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="of the training; figures are means over them")
+    parser.add_argument("--seeds", type=int, default=2, help="of the training; figures are means over them")
     parser.add_argument("--days", type=int, default=30)
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     parser.add_argument("--out", type=Path)

@@ -5,8 +5,8 @@
 26 categorical fields, vectors of 16, layers of 128 and 64, batches of 8192, one epoch over synthetic rows: ids follow
 Zipf's law, labels a factorization machine's truth. Each training runs in a process of its own, ours and theirs in
 turn. The time is that of the training loop; ours holds its evaluations and its copies of the best weights as well,
-theirs neither those nor its data loader. Both learning rates are the best of a few for the validation log loss at a
-million rows: FuxiCTR's own default, 0.001, has learned little after one epoch.
+theirs neither those nor its data loader. Ours has its default learning rates. FuxiCTR has the best of 0.001 (its
+default), 0.002, 0.003, 0.005 and 0.01 for the log loss of these very validation rows, tables of a million rows.
 """
 
 from __future__ import annotations
@@ -26,21 +26,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import Side
 from evergreen.metrics.binary import log_loss
 from evergreen.models.base import score_rows
 from evergreen.models.deepfm import DeepFM, DeepFMConfig
 from evergreen.models.inputs import CategoricalInput, EncodedRows, InputSpec
 from evergreen.training.config import TrainingConfig
-from evergreen.training.fitting import Examples, click_loss, fit_by_gradient
+from evergreen.training.fitting import fit_by_gradient
+from evergreen.training.task import Examples
 
 NUM_FIELDS = 26
 FUXICTR = ("fuxictr==2.3.10", "torch==2.15.0", "numpy<2.5")
-FUXICTR_LEARNING_RATE = 1e-2
-CONFIG = TrainingConfig(
-    embedding_learning_rate=0.1, learning_rate=1e-3, id_dropout=0.0, max_epochs=1, min_steps_per_epoch=1,
-    evaluations_per_epoch=1,
-)  # fmt: skip
+FUXICTR_LEARNING_RATE = 2e-3
+CONFIG = TrainingConfig(id_dropout=0.0, max_epochs=1, min_steps_per_epoch=1, evaluations_per_epoch=1)
 Result = dict[str, Any]
 
 
@@ -94,7 +93,7 @@ def train_ours(folder: Path, batch_size: int) -> Result:
 
     small = new_model(100)
     warm_up = examples(small, ids[:1000] % 100, labels[:1000])
-    fit_by_gradient(small, warm_up, warm_up, config, loss=click_loss)
+    fit_by_gradient(small, warm_up, warm_up, config, kind=LogKind.IMPRESSIONS)
     model = new_model(shape["field_rows"])
     mean = float(labels[:split].mean())
     model.set_output(bias=float(np.log(mean / (1 - mean))), scale=1.0)
@@ -103,7 +102,7 @@ def train_ours(folder: Path, batch_size: int) -> Result:
         validation.rows.take(np.arange(min(batch_size, len(validation)))), validation.labels[:batch_size]
     )
     started = time.process_time()
-    fit_by_gradient(model, train, watched, config, loss=click_loss)
+    fit_by_gradient(model, train, watched, config, kind=LogKind.IMPRESSIONS)
     cpu_s = time.process_time() - started
     p = 1 / (1 + np.exp(-score_rows(model, validation.rows).astype(np.float64)))
     return {"cpu_s": cpu_s, "log_loss": log_loss(validation.labels.astype(np.float64), p), "torch": torch.__version__}

@@ -37,9 +37,14 @@ def arrow(values: object, kind: ColumnKind) -> pa.Array:
 
 
 def write_training_set(
-    path: Path, kinds: dict[str, ColumnKind], columns: Columns_, label: np.ndarray, kind: LogKind
+    path: Path,
+    kinds: dict[str, ColumnKind],
+    columns: Columns_,
+    label: np.ndarray,
+    kind: LogKind,
+    fields: Columns_ | None = None,
 ) -> TrainingSet:
-    """Rows one second apart, cut in order."""
+    """Rows one second apart, cut in order. `fields` are those of ROW_FIELDS that are no features (position, …)."""
     num_rows = len(label)
     mapping = Mapping(
         name="synthetic",
@@ -56,11 +61,15 @@ def write_training_set(
             "event_timestamp": pa.array(micros).cast(pa.timestamp("us", tz="UTC")),
             "label": pa.array(label, pa.float32()),
             **{name: arrow(values, kinds[name]) for name, values in columns.items()},
+            **(fields or {}),
         }
     )
     for field in ROW_FIELDS:
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(num_rows, field.type))
+        elif field.name not in columns:
+            place = table.column_names.index(field.name)
+            table = table.set_column(place, field, table[field.name].cast(field.type))
     path.mkdir(parents=True)
     splits, first = {}, 0
     for split in SPLITS:
@@ -82,11 +91,16 @@ def write_training_set(
         feature_service="ranker_v1",
         embargo_seconds=0,
         splits=splits,
-        features=tuple(Feature(name=n, kind=k, origin=FeatureOrigin.CONTEXT) for n, k in kinds.items()),
+        features=tuple(Feature(name=n, kind=k, origin=_origin(n)) for n, k in kinds.items()),
         dropped_features={"useless": "constant in the training rows: 'a'"},
         left_out={},
     ).write(path / TrainingSet.MANIFEST)
     return TrainingSet.load(path)
+
+
+def _origin(name: str) -> FeatureOrigin:
+    by_prefix = {"user": FeatureOrigin.USER, "item": FeatureOrigin.ITEM}
+    return by_prefix.get(name.split("_")[0], FeatureOrigin.CONTEXT)
 
 
 def _clicks(logit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -171,8 +185,14 @@ def make_training_set(tmp_path: Path) -> MakeTrainingSet:
     """A training set from columns and labels."""
 
     def make(
-        columns: Columns_, label: np.ndarray, kinds: dict[str, ColumnKind], kind: LogKind = LogKind.IMPRESSIONS
+        columns: Columns_,
+        label: np.ndarray,
+        kinds: dict[str, ColumnKind],
+        kind: LogKind = LogKind.IMPRESSIONS,
+        *,
+        name: str = "training_set",
+        fields: Columns_ | None = None,
     ) -> TrainingSet:
-        return write_training_set(tmp_path / "training_set", kinds, columns, label, kind)
+        return write_training_set(tmp_path / name, kinds, columns, label, kind, fields)
 
     return make

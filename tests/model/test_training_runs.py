@@ -15,6 +15,8 @@ from evergreen.training.trainer import TrainingConfig, train_model
 
 FAST = {"max_epochs": 1, "export_program": False}
 NUMBER = {"x": ColumnKind.NUMERIC}
+PARTICULAR = {"two_tower": "no feature is called item_id", "transformer": "has no feature of kind sequence"}
+"""Models that need certain features, and what they say without."""
 
 
 @pytest.mark.parametrize("model", ["popularity", "deepfm"])
@@ -92,7 +94,7 @@ def test_diverging_loss_names_the_learning_rate(rating_set: TrainingSet, tmp_pat
     assert not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize("model", MODEL_NAMES)
+@pytest.mark.parametrize("model", [name for name in MODEL_NAMES if name not in PARTICULAR])
 @pytest.mark.parametrize("kind", list(ColumnKind))
 def test_a_handful_of_rows_with_one_feature_is_enough_to_run(
     model: str, kind: ColumnKind, make_training_set, tmp_path: Path
@@ -109,10 +111,35 @@ def test_a_handful_of_rows_with_one_feature_is_enough_to_run(
     assert np.isfinite(package.predict(training_set.read("test"))).all()
 
 
+@pytest.mark.parametrize("model", PARTICULAR)
+def test_a_handful_of_rows_with_the_features_it_needs_is_enough_to_run(
+    model: str, make_training_set, tmp_path: Path
+) -> None:
+    label = (np.arange(40) % 2 == 0).astype(np.float32)
+    names = [str(i % 3) for i in range(40)]
+    kinds = {
+        "user_id": ColumnKind.CATEGORICAL,
+        "item_id": ColumnKind.CATEGORICAL,
+        "user_history": ColumnKind.SEQUENCE,
+    }
+    columns = {"user_id": names, "item_id": names, "user_history": [[name] for name in names]}
+    training_set = make_training_set(columns, label, kinds)
+    package = train_model(training_set, tmp_path / "p", config=TrainingConfig(model=model, **FAST))
+    assert np.isfinite(package.predict(training_set.read("test"))).all()
+
+
+@pytest.mark.parametrize("model", PARTICULAR)
+def test_model_without_the_features_it_needs_names_them(model: str, make_training_set, tmp_path: Path) -> None:
+    label = (np.arange(40) % 2 == 0).astype(np.float32)
+    training_set = make_training_set({"x": np.arange(40.0)}, label, NUMBER)
+    with pytest.raises(TrainingError, match=PARTICULAR[model]):
+        train_model(training_set, tmp_path / "p", config=TrainingConfig(model=model, **FAST))
+
+
 def test_features_that_say_nothing_are_reported(make_training_set, tmp_path: Path, caplog) -> None:
     rng = np.random.default_rng(0)
     label = (rng.random(2000) < 0.5).astype(np.float32)
     label[1400:1700] = label[1400:1700][::-1]
     training_set = make_training_set({"x": np.where(np.arange(2000) < 1400, label, 1 - label)}, label, NUMBER)
     train_model(training_set, tmp_path / "p", config=TrainingConfig(model="logistic_regression", **FAST))
-    assert "no step beat the base rate" in caplog.text
+    assert "no step beat the start on validation rows" in caplog.text

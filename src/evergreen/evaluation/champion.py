@@ -60,11 +60,6 @@ def choose_champion(
         raise ValueError("no contenders: at least one model is needed to choose a champion")
     ranked = sorted(contenders, key=lambda c: _complexity(c.name, simplest_first))
     any_beats = any(_beats(differences, c.name, baseline) for c in ranked)
-    slow = [c for c in ranked if not c.latency.within_budget]
-    slow_text = "".join(
-        f" {c.name} is left out: its p99 of {c.latency.p99_ms:.1f} ms is over the budget of {latency_budget_ms:g} ms."
-        for c in slow
-    )
     eligible = [c for c in ranked if c.latency.within_budget]
     if not eligible:
         fastest = min(ranked, key=lambda c: c.latency.p99_ms)
@@ -78,8 +73,9 @@ def choose_champion(
         simplest = eligible[0]
         reason = (
             f"{metric} is undefined on the test rows ({simplest.value.reason}), so nothing can be compared; "
-            f"{simplest.name} is the simplest model.{slow_text}"
+            f"{simplest.name} is the simplest model."
         )
+        reason += _budget_text(simplest, ranked, differences, latency_budget_ms)
         return Choice(simplest.name, reason, any_beats)
     # sorted() is stable: of equal values the simplest leads.
     by_quality = sorted(comparable, key=lambda c: _value(c) if lower_is_better else -_value(c))
@@ -88,7 +84,9 @@ def choose_champion(
     if _beats(differences, leader.name, baseline):
         as_good = [c for c in as_good if _beats(differences, c.name, baseline)]
     champion = as_good[0]
-    reason = _quality_text(champion, by_quality, differences, metric) + slow_text
+    reason = _quality_text(champion, by_quality, differences, metric)
+    reason += _simpler_text(champion, comparable, by_quality, differences, baseline)
+    reason += _budget_text(champion, ranked, differences, latency_budget_ms)
     return Choice(champion.name, reason + _baseline_text(champion, differences, baseline, any_beats), any_beats)
 
 
@@ -145,10 +143,64 @@ def _quality_text(
     )
 
 
+def _simpler_text(
+    champion: Contender,
+    comparable: Sequence[Contender],
+    by_quality: Sequence[Contender],
+    differences: Mapping[tuple[str, str], Difference],
+    baseline: str,
+) -> str:
+    """Why none of the models that are simpler than the champion was taken."""
+    simpler = comparable[: comparable.index(champion)]
+    if not simpler:
+        return ""
+    best = next(c for c in by_quality if c in simpler)
+    which = f"The simpler {best.name}" if len(simpler) == 1 else f"Of {len(simpler)} simpler models {best.name} is best"
+    leader = by_quality[0]
+    difference = differences[best.name, leader.name]
+    if difference.verdict is not Verdict.WORSE:
+        called = _called(baseline)
+        why = f"it is not worse than {leader.name} outside the interval, but does not beat {called} outside it either"
+    elif leader is champion:
+        why = f"it is worse by {format_estimate(difference.estimate, signed=True)}, outside the interval"
+    else:
+        why = f"it is worse than {leader.name} by {format_estimate(difference.estimate, signed=True)}"
+    return f" {which} (p99 {best.latency.p99_ms:.1f} ms): {why}."
+
+
+def _budget_text(
+    champion: Contender,
+    ranked: Sequence[Contender],
+    differences: Mapping[tuple[str, str], Difference],
+    latency_budget_ms: float,
+) -> str:
+    """What the budget left out, and what that cost."""
+    texts = []
+    for slow in ranked:
+        if slow.latency.within_budget:
+            continue
+        text = f" {slow.name} is left out: its p99 of {slow.latency.p99_ms:.1f} ms is over the budget of "
+        text += f"{latency_budget_ms:g} ms"
+        difference = differences.get((slow.name, champion.name))
+        if difference is not None and difference.estimate.value is not None:
+            amount = format_estimate(difference.estimate, signed=True)
+            text += {
+                Verdict.BETTER: f"; without the budget it would be better by {amount}",
+                Verdict.TIED: f"; it is no better outside the interval ({amount})",
+                Verdict.WORSE: f"; it is worse, too ({amount})",
+            }[difference.verdict]
+        texts.append(text + ".")
+    return "".join(texts)
+
+
+def _called(baseline: str) -> str:
+    return "the base rate" if baseline == BASE_RATE else baseline
+
+
 def _baseline_text(
     champion: Contender, differences: Mapping[tuple[str, str], Difference], baseline: str, any_beats: bool
 ) -> str:
-    called = "the base rate" if baseline == BASE_RATE else baseline
+    called = _called(baseline)
     difference = differences.get((champion.name, baseline))
     against = ""
     if difference is not None:

@@ -33,7 +33,7 @@ from evergreen.evaluation.config import EvaluationConfig, Scorer
 from evergreen.evaluation.curves import model_curves
 from evergreen.evaluation.latency import measure_latency
 from evergreen.evaluation.queries import Queries, find_queries
-from evergreen.evaluation.ranking import RankedQueries, rank_queries
+from evergreen.evaluation.ranking import RECENT_POPULARITY, RankedQueries, rank_queries
 from evergreen.evaluation.report import write_report
 from evergreen.evaluation.rows import Clusters, TestRows, predict_test_rows, row_clusters, row_statistics
 from evergreen.evaluation.slices import KnownIds, Slice, as_estimate, estimate_slices, query_slices, row_slices
@@ -75,14 +75,15 @@ def evaluate_models(
     config = config or EvaluationConfig()
     _check_inputs(training_set, packages, tables, snapshot)
     packages = sorted(packages, key=lambda p: (*MODEL_NAMES, p.info.name).index(p.info.name))
-    names = [BASE_RATE, *(package.info.name for package in packages)]
     rows = predict_test_rows(training_set, packages, config)
     clusters = row_clusters(rows.keys)
     logger.info("%d test rows of %d %s", rows.num_rows, len(np.unique(clusters.codes)), clusters.unit)
     bootstraps = [_bootstrap_rows(rows, clusters, training_set.kind, config)]
     known = KnownIds.of(training_set)
     ranking = _rank(training_set, packages, tables, snapshot, known, config)
+    names = [BASE_RATE, *(package.info.name for package in packages)]
     if ranking is not None and ranking.ranked is not None:
+        names = list(ranking.ranked.metrics)
         bootstraps.append(_bootstrap_queries(ranking.ranked, ranking.clusters.codes, config))
     comparison = _comparison(training_set.kind, names, ranking, bootstraps, config)
     differences = _differences(comparison, names)
@@ -175,7 +176,15 @@ def _rank(
     ranked = None
     if queries.queries:
         items = known.items.to_pylist()
-        ranked = rank_queries(queries, tables, packages, mapping=snapshot.mapping, known_items=items, config=config)
+        ranked = rank_queries(
+            queries,
+            tables,
+            packages,
+            mapping=snapshot.mapping,
+            known_items=items,
+            config=config,
+            with_recent_popularity=POPULARITY not in {package.info.name for package in packages},
+        )
     users = pa.chunked_array([[query.user_id for query in queries.queries]], pa.string())
     clusters = row_clusters(pa.table({"user_id": users, "request_id": pa.nulls(len(users), pa.string())}))
     if clusters.unit == "rows":
@@ -227,7 +236,7 @@ def _comparison(
         return _Comparison("rmse", True, BASE_RATE, bootstraps[0])
     if ranking is None:
         return _Comparison("normalized_entropy", True, BASE_RATE, bootstraps[0])
-    baseline = POPULARITY if POPULARITY in names else BASE_RATE
+    baseline = next(name for name in (POPULARITY, RECENT_POPULARITY, BASE_RATE) if name in names)
     if ranking.ranked is not None:
         return _Comparison(f"ndcg_at_{config.primary_cutoff}", False, baseline, bootstraps[1])
     found = ranking.queries

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from evergreen.contracts.evaluation import Curve, Estimate
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-_SERIES = [f"#{0x10 + i:02x}0101" for i in range(8)]
+_SERIES = [f"#{0x10 + i:02x}0101" for i in range(12)]
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card"} | {
     color: f"--m{i}" for i, color in enumerate(_SERIES)
 }
@@ -132,6 +132,7 @@ def _dot(
     *,
     x_interval: tuple[float, float] | None = None,
     y_interval: tuple[float, float] | None = None,
+    hollow: bool = False,
 ) -> None:
     axes.errorbar(
         x,
@@ -141,8 +142,9 @@ def _dot(
         fmt="o",
         color=series.paint,
         markersize=9 if series.chosen else 6,
+        markerfacecolor="none" if hollow else series.paint,
         markeredgecolor=INK if series.chosen else series.paint,
-        markeredgewidth=1.6 if series.chosen else 0,
+        markeredgewidth=1.6 if series.chosen else 1.2 if hollow else 0,
         elinewidth=2,
         label=series.name,
         zorder=3 + series.chosen,
@@ -150,33 +152,36 @@ def _dot(
 
 
 def quality_against_latency(points: Sequence[tuple[Series, float, Estimate]], *, label: str, budget_ms: float) -> str:
-    """The primary metric over p99 milliseconds; the chosen model is ringed, the budget a line where it is near."""
+    """The primary metric over p99 milliseconds; the chosen model is ringed, those over the budget are hollow."""
 
     def paint(axes: Axes) -> None:
         shown = [(series, p99, estimate) for series, p99, estimate in points if estimate.value is not None]
         for series, p99, estimate in shown:
             assert estimate.value is not None
-            _dot(axes, p99, estimate.value, series, y_interval=_bar(estimate))
-        slowest = max((p99 for _, p99, _ in shown), default=1.0)
-        right = slowest * 1.35
-        if slowest > budget_ms / 4:
-            right = max(right, budget_ms * 1.1)
-            axes.axvline(budget_ms, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                "budget",
-                (budget_ms, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(-4, -10),
-                textcoords="offset points",
-                ha="right",
-                color=MUTED,
-                fontsize=9,
-            )
-        axes.set_xlim(0, right)
+            _dot(axes, p99, estimate.value, series, y_interval=_bar(estimate), hollow=p99 > budget_ms)
+        times = [budget_ms, *(p99 for _, p99, _ in shown)]
+        # Models differ by factors, from a linear model to a deep one, so equal factors are equal distances.
+        axes.set_xscale("log")
+        axes.set_xlim(min(times) / 1.5, max(times) * 1.5)
+        axes.axvspan(budget_ms, max(times) * 1.5, color=GRID, alpha=0.45, linewidth=0, zorder=0)
+        axes.axvline(budget_ms, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"budget {budget_ms:g} ms",
+            (budget_ms, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -10),
+            textcoords="offset points",
+            ha="right",
+            color=MUTED,
+            fontsize=9,
+        )
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(y=0.15)
         axes.set_xlabel("milliseconds to score one request (p99)")
         axes.set_ylabel(label)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, 1.22), ncols=2, fontsize=9)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
 
     return _draw("latency", f"{label} against latency of every model", (6.2, 3.6), paint)
 

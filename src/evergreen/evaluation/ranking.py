@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.evaluation import BASE_RATE
-from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
+from evergreen.contracts.feature_tables import JOIN_KEYS, WINDOWS_HOURS, FeatureTables
 from evergreen.contracts.mapping import Mapping as LogMapping
 from evergreen.contracts.mapping import Role
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
 from evergreen.evaluation.config import EvaluationConfig, RowEncoder, Scorer
 from evergreen.evaluation.queries import Catalogue, Queries, Query
-from evergreen.evaluation.rows import each_encoded
+from evergreen.evaluation.rows import HISTORY, each_encoded, has_values
 from evergreen.features.point_in_time import join_features
 from evergreen.metrics.ranking import ndcg_of_ranks, recall_of_ranks, relevant_ranks
 from evergreen.metrics.statistic import FloatArray, IntArray
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 NEW_ITEMS = "new items"
 KNOWN_ITEMS = "known items"
+
+RECENT_POPULARITY = "recent_popularity"
+"""Name of the baseline that ranks by what was taken up lately, whoever asks; see `recent_popularity`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class RankedQueries:
     metrics: Mapping[str, Mapping[str, FloatArray]]
     """By model and metric ("ndcg_at_10"), (num_queries,)."""
     num_candidates: IntArray
+    has_history: NDArray[np.bool_]
+    """(num_queries,) whether the user had a positive event before the query."""
     item_slices: Mapping[str, ItemSlice]
     latency_rows: pa.Table
     """Candidates of the first queries with all features, to measure latency on."""
@@ -70,6 +75,7 @@ def rank_queries(
     mapping: LogMapping,
     known_items: Collection[str],
     config: EvaluationConfig,
+    with_recent_popularity: bool = False,
 ) -> RankedQueries:
     """Rank every query's candidates with every model; features are joined and encoded once for all models.
 
@@ -82,6 +88,7 @@ def rank_queries(
         mapping: names and types of the context features.
         known_items: items with an event in the train split; the others are new to the models.
         config: cutoffs and rows a chunk.
+        with_recent_popularity: whether to rank by `recent_popularity`, too.
 
     Raises:
         ArtifactError: there is no query, or a model gives a score that is not finite.
@@ -94,6 +101,8 @@ def rank_queries(
         )
     catalogue = Catalogue(tables)
     names = [BASE_RATE, *(package.info.name for package in packages)]
+    if with_recent_popularity:
+        names.insert(1, RECENT_POPULARITY)
     metrics: dict[str, dict[str, FloatArray]] = {
         name: {f"{m}_at_{k}": np.empty(len(queries.queries)) for k in config.cutoffs for m in ("ndcg", "recall")}
         for name in names
@@ -101,13 +110,17 @@ def rank_queries(
     num_candidates: IntArray = np.zeros(len(queries.queries), dtype=np.int64)
     slices = {name: _ItemSliceBuilder([], 0, {n: [] for n in names}) for name in (NEW_ITEMS, KNOWN_ITEMS)}
     known = pa.array(sorted(known_items), pa.string())
+    has_history: NDArray[np.bool_] = np.zeros(len(queries.queries), dtype=bool)
     latency_rows: pa.Table | None = None
     for first, candidates in _chunks(queries.queries, catalogue, config.chunk_rows):
         asked = queries.queries[first : first + len(candidates)]
         pairs = _pairs(asked, candidates, tables, mapping)
         if latency_rows is None:
             latency_rows = join_features(_spine(asked, candidates, mapping).slice(0, config.latency_rows), tables)
+        has_history[first : first + len(asked)] = has_values(pairs.users[HISTORY])
         scores = {BASE_RATE: np.zeros(len(pairs.user_of))}
+        if with_recent_popularity:
+            scores[RECENT_POPULARITY] = recent_popularity(pairs.candidates)
         for package, rows in each_encoded(packages, pairs.encode):
             scores[package.info.name] = np.asarray(package.scores_of_encoded(rows), dtype=np.float64)
             if not np.isfinite(scores[package.info.name]).all():
@@ -140,9 +153,24 @@ def rank_queries(
     return RankedQueries(
         metrics=metrics,
         num_candidates=num_candidates,
+        has_history=has_history,
         item_slices={name: _build(builder) for name, builder in slices.items()},
         latency_rows=latency_rows,
     )
+
+
+def recent_popularity(items: pa.Table) -> FloatArray:
+    """(num_rows,) how often items were taken up lately: positives an hour, averaged over the windows of the log.
+
+    An event of the last hour thus weighs 24 times one of the last day, which falls with age about as 1 / age does. It
+    has no setting that could be chosen badly.
+
+    Args:
+        items: (num_rows,) with the columns item_positives_{window}; a null counts as none.
+    """
+    rates = [items[f"item_positives_{w}"].fill_null(0).to_numpy() / hours for w, hours in WINDOWS_HOURS.items()]
+    mean: FloatArray = np.mean(rates, axis=0)
+    return mean
 
 
 def _build(builder: _ItemSliceBuilder) -> ItemSlice:

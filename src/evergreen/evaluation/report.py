@@ -14,10 +14,8 @@ from markupsafe import Markup
 from evergreen.contracts.evaluation import (
     BASE_RATE,
     Curves,
-    Estimate,
     EvaluationResult,
     ModelEvaluation,
-    SliceEstimate,
     Verdict,
 )
 from evergreen.contracts.mapping import LogKind
@@ -25,6 +23,7 @@ from evergreen.contracts.snapshot import SnapshotManifest
 from evergreen.contracts.training_set import SPLITS, TrainingSetManifest
 from evergreen.evaluation import figures
 from evergreen.evaluation.figures import Series
+from evergreen.evaluation.ranking import RECENT_POPULARITY
 
 _LABELS = {
     "auc": "AUC",
@@ -92,12 +91,8 @@ class _Table:
     title: str
     note: str
     columns: tuple[_MetricColumn, ...]
-
-
-@dataclass(frozen=True)
-class _SliceRow:
-    slice: SliceEstimate
-    cells: tuple[Estimate | None, ...]
+    models: tuple[ModelEvaluation, ...]
+    """Those that have these metrics: a baseline that only ranks predicts no probability."""
 
 
 def _context(
@@ -115,11 +110,7 @@ def _context(
         "series": series,
         "tables": _tables(result),
         "figures": {name: Markup(svg) for name, svg in _figures(result, curves, training_set, series).items()},
-        "slices": [
-            _SliceRow(part, tuple(part.models.get(model.name) for model in result.models))
-            for part in result.slices
-            if part.dimension not in _PERIODS
-        ],
+        "slices": [part for part in result.slices if part.dimension not in _PERIODS],
         "period": next((part.dimension for part in result.slices if part.dimension in _PERIODS), "day"),
         "periods_skipped": sum(part.skipped is not None for part in result.slices if part.dimension in _PERIODS),
         "training_set": training_set,
@@ -129,6 +120,11 @@ def _context(
             "Good rows that the mapping or as_of leaves out": snapshot.left_out,
             "Events that are in no split": training_set.left_out,
         },
+        "over_budget": [
+            display_name(model.name)
+            for model in result.models
+            if model.latency is not None and not model.latency.within_budget
+        ],
         "unit": "queries" if result.primary_metric.startswith("ndcg") else "rows",
         "is_rating": result.kind is LogKind.RATINGS,
         "verdict_words": _VERDICT_WORDS,
@@ -157,17 +153,27 @@ def _tables(result: EvaluationResult) -> list[_Table]:
     if rankings and result.queries is not None:
         note = (
             f"{result.queries.evaluated:,} queries, each ranked over {result.queries.mean_candidates:,.0f} candidates "
-            f"on average. The base rate is a random order."
+            f"on average. The base rate is a random order"
+            + (
+                "; recent popularity ranks by positives an hour, averaged over the windows of the last hour to month."
+                if RECENT_POPULARITY in {model.name for model in result.models}
+                else "."
+            )
         )
-        tables.append(_Table("Ranking the whole catalogue", note, _columns(rankings, result.primary_metric)))
+        tables.append(_table("Ranking the whole catalogue", note, rankings, result))
     note = f"{result.test_rows:,} rows" + (
         "" if result.kind is LogKind.RATINGS else f", {result.test_positives:,} positive"
     )
     if result.kind is LogKind.INTERACTIONS:
         note += "; negatives are drawn, so rates are those of the draw, not of the world"
     title = "Predicting ratings" if result.kind is LogKind.RATINGS else "Predicting probabilities"
-    tables.append(_Table(title, note + ".", _columns(metrics, result.primary_metric)))
+    tables.append(_table(title, note + ".", metrics, result))
     return tables
+
+
+def _table(title: str, note: str, metrics: Sequence[str], result: EvaluationResult) -> _Table:
+    models = tuple(model for model in result.models if metrics[0] in model.metrics)
+    return _Table(title, note, _columns(metrics, result.primary_metric), models)
 
 
 def _metric_and_cutoff(metric: str) -> tuple[str, int]:

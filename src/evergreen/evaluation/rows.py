@@ -27,6 +27,8 @@ from evergreen.metrics.statistic import FloatArray, IntArray, Statistic
 logger = logging.getLogger(__name__)
 
 KEY_COLUMNS = ["event_timestamp", "request_id", "user_id", "item_id", "label"]
+HISTORY = "user_history"
+"""The feature that says whether a user did anything yet."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class TestRows:
     labels: FloatArray
     predictions: Mapping[str, FloatArray]
     """By model, the base rate among them: (num_rows,) probability or rating."""
+    has_history: NDArray[np.bool_] | None
+    """(num_rows,) whether the row's user had a positive event before it; None where no row of the log has a history."""
     sample: pa.Table
     """Some rows with all their features, to measure latency on."""
 
@@ -64,6 +68,7 @@ def predict_test_rows(training_set: TrainingSet, packages: Sequence[Scorer], con
             f"a larger split.test_fraction or a shorter split.attribution_window in the mapping"
         )
     chunks: dict[str, list[FloatArray]] = {package.info.name: [] for package in packages}
+    histories: list[NDArray[np.bool_]] = []
     sample: pa.Table | None = None
     done = 0
     with pq.ParquetFile(training_set.file("test")) as file:
@@ -75,6 +80,8 @@ def predict_test_rows(training_set: TrainingSet, packages: Sequence[Scorer], con
             for package, encoded in each_encoded(packages, partial(_transform, table)):
                 shown = package.predict_encoded(encoded, positions)
                 chunks[package.info.name].append(np.asarray(shown, dtype=np.float64))
+            if HISTORY in table.column_names:
+                histories.append(has_values(table[HISTORY]))
             done += table.num_rows
             logger.info("%d of %d test rows predicted", done, keys.num_rows)
     assert sample is not None
@@ -85,7 +92,14 @@ def predict_test_rows(training_set: TrainingSet, packages: Sequence[Scorer], con
         if bad := int((~np.isfinite(predictions[name])).sum()):
             raise ArtifactError(f"{name}: {bad} of {keys.num_rows} predictions are not finite: train it again")
     labels = keys["label"].to_numpy().astype(np.float64)
-    return TestRows(keys=keys, labels=labels, predictions=predictions, sample=sample)
+    has_history = np.concatenate(histories) if histories else None
+    return TestRows(keys=keys, labels=labels, predictions=predictions, has_history=has_history, sample=sample)
+
+
+def has_values(lists: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """(num_rows,) whether each list has a value; a null has none."""
+    known: NDArray[np.bool_] = pc.greater(pc.list_value_length(lists).fill_null(0), 0).to_numpy()
+    return known
 
 
 def each_encoded(packages: Sequence[Scorer], encode: Callable[[RowEncoder], Any]) -> Iterator[tuple[Scorer, Any]]:

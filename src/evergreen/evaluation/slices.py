@@ -52,7 +52,7 @@ class Slice:
 
 
 def row_slices(rows: TestRows, known: KnownIds, *, kind: LogKind, metric: str, config: EvaluationConfig) -> list[Slice]:
-    """Slices of test rows: new and known users and items, and days."""
+    """Slices of test rows: new and known users and items, users with and without a history, and days."""
 
     def make(dimension: str, name: str, mask: NDArray[np.bool_]) -> Slice:
         index = np.flatnonzero(mask)
@@ -86,13 +86,15 @@ def row_slices(rows: TestRows, known: KnownIds, *, kind: LogKind, metric: str, c
         is_known = pc.is_in(column, value_set=ids.cast(column.type)).to_numpy()
         slices.append(make(dimension, f"new {dimension}s", present & ~is_known))
         slices.append(make(dimension, f"known {dimension}s", present & is_known))
+        if dimension == "user" and rows.has_history is not None:
+            slices += _by_history(present, rows.has_history, make)
     return slices + _by_time(rows.keys["event_timestamp"], make, config)
 
 
 def query_slices(
     queries: Queries, ranked: RankedQueries, known: KnownIds, *, metric: str, config: EvaluationConfig
 ) -> list[Slice]:
-    """Slices of ranked queries: new and known users, new and known relevant items, and days."""
+    """Slices of ranked queries: as `row_slices`, with new and known relevant items."""
     num_relevant = np.array([len(query.relevant) for query in queries.queries])
 
     def make(dimension: str, name: str, mask: NDArray[np.bool_]) -> Slice:
@@ -111,11 +113,22 @@ def query_slices(
     users = pa.array([query.user_id for query in queries.queries], pa.string())
     is_known = pc.is_in(users, value_set=known.users.cast(pa.string())).to_numpy(zero_copy_only=False)
     slices = [make("user", "new users", ~is_known), make("user", "known users", is_known)]
+    slices += _by_history(np.ones(len(users), dtype=bool), ranked.has_history, make)
     for name in (NEW_ITEMS, KNOWN_ITEMS):
         part = ranked.item_slices[name]
         slices.append(query_slice("item", name, part.queries, part.num_relevant, part.values))
     times = pa.chunked_array([pa.array([query.time for query in queries.queries], TIMESTAMP_TYPE)])
     return slices + _by_time(times, make, config)
+
+
+def _by_history(
+    present: NDArray[np.bool_], has_history: NDArray[np.bool_], make: Callable[[str, str, NDArray[np.bool_]], Slice]
+) -> list[Slice]:
+    """Users of whom nothing is known when they ask, and the others: new users may have a history of some hours."""
+    return [
+        make("user", "users without history", present & ~has_history),
+        make("user", "users with history", present & has_history),
+    ]
 
 
 def _by_time(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from evergreen.models.base import ModelConfig
 from evergreen.models.factorization_machine import FactorizationMachine, FactorizationMachineConfig
 from evergreen.models.inputs import InputSpec
+from evergreen.models.layers import hidden_layers
 
 _NUMERIC_LIMIT = 3.0
 """Standard deviations beyond which a number is cut: L layers raise it to the power L + 1."""
@@ -36,6 +37,8 @@ class DCNv2Config(FactorizationMachineConfig):
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the deep part's layers; none: cross layers only."""
     dropout: float = Field(default=0.3, ge=0, lt=1)
+    batch_norm: bool = False
+    """Whether each layer of the deep part is normalised over the batch."""
 
 
 class CrossLayer(nn.Module):
@@ -64,12 +67,9 @@ class DCNv2(FactorizationMachine):
         self._parallel = config.structure == "parallel"
         width = (len(spec.categorical) + len(spec.bags)) * config.embedding_dim + spec.numeric_width
         self.cross = nn.ModuleList(CrossLayer(width, rank=config.rank) for _ in range(config.cross_layers))
-        layers: list[nn.Module] = []
-        num_inputs = width
-        for hidden in config.hidden:
-            layers += [nn.Linear(num_inputs, hidden), nn.ReLU(), nn.Dropout(config.dropout)]
-            num_inputs = hidden
+        layers = hidden_layers(width, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm)
         self.deep = nn.Sequential(*layers)
+        num_inputs = config.hidden[-1] if config.hidden else width
         self.last = nn.Linear(num_inputs + width if self._parallel else num_inputs, 1)
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)

@@ -26,6 +26,8 @@ class DeepFMConfig(FactorizationMachineConfig):
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the deep part's layers."""
     dropout: float = Field(default=0.3, ge=0, lt=1)
+    batch_norm: bool = False
+    """Whether each hidden layer is normalised over the batch (Ioffe and Szegedy 2015)."""
 
 
 class DeepFM(FactorizationMachine):
@@ -37,7 +39,10 @@ class DeepFM(FactorizationMachine):
         super().__init__(config, spec)
         num_vectors = len(spec.categorical) + len(spec.bags)
         self.deep = multilayer_perceptron(
-            num_vectors * config.embedding_dim + spec.numeric_width, config.hidden, dropout=config.dropout
+            num_vectors * config.embedding_dim + spec.numeric_width,
+            config.hidden,
+            dropout=config.dropout,
+            batch_norm=config.batch_norm,
         )
         for parameter in self.deep[-1].parameters():
             nn.init.zeros_(parameter)

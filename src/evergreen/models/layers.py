@@ -113,7 +113,6 @@ class FirstOrder(nn.Module):
     """
 
     boundaries: Tensor
-    bin_start: Tensor
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
@@ -126,23 +125,33 @@ class FirstOrder(nn.Module):
         ]
         boundaries = torch.tensor(padded, dtype=torch.float32).reshape(num_columns, num_boundaries)
         self.register_buffer("boundaries", boundaries)
-        self.register_buffer("bin_start", torch.arange(num_columns) * (num_boundaries + 1))
         self.bin_table = nn.Parameter(torch.zeros(num_columns * (num_boundaries + 1), 1))
 
     def forward(self, numeric: Tensor) -> Tensor:
         """(N,) first order terms of (N, M) numbers."""
         total = numeric @ self.weight
-        if len(self.bin_start) == 0:
+        if len(self.boundaries) == 0:
             return total
-        columns = numeric[:, : len(self.bin_start)].t().contiguous()
-        place = torch.searchsorted(self.boundaries, columns, right=True).t() + self.bin_start
-        return total + functional.embedding_bag(place, self.bin_table, mode="sum").squeeze(1)
+        columns = numeric[:, : len(self.boundaries)].t().contiguous()
+        place = torch.searchsorted(self.boundaries, columns, right=True)
+        return total + self.bin_table.view(len(columns), -1).gather(1, place).sum(dim=0)
 
 
-def multilayer_perceptron(num_inputs: int, hidden: tuple[int, ...], *, dropout: float) -> nn.Sequential:
+def multilayer_perceptron(
+    num_inputs: int, hidden: tuple[int, ...], *, dropout: float, batch_norm: bool = False
+) -> nn.Sequential:
     """ReLU layers and a last one to a single output, (N, num_inputs) -> (N, 1)."""
+    layers = hidden_layers(num_inputs, hidden, dropout=dropout, batch_norm=batch_norm)
+    return nn.Sequential(*layers, nn.Linear(hidden[-1] if hidden else num_inputs, 1))
+
+
+def hidden_layers(
+    num_inputs: int, hidden: tuple[int, ...], *, dropout: float, batch_norm: bool = False
+) -> list[nn.Module]:
+    """ReLU layers, (N, num_inputs) -> (N, the last of `hidden`); with `batch_norm` normalised before the ReLU."""
     layers: list[nn.Module] = []
     for width in hidden:
-        layers += [nn.Linear(num_inputs, width), nn.ReLU(), nn.Dropout(dropout)]
+        normalisation = [nn.BatchNorm1d(width)] if batch_norm else []
+        layers += [nn.Linear(num_inputs, width), *normalisation, nn.ReLU(), nn.Dropout(dropout)]
         num_inputs = width
-    return nn.Sequential(*layers, nn.Linear(num_inputs, 1))
+    return layers

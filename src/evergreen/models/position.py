@@ -28,9 +28,9 @@ _PRIOR_CLICKS = 5.0
 _MAX_INVERSE_PROPENSITY = 10.0
 """Against the mean."""
 _ROUNDS = 100
-_SPEED = 4.0
-"""Steps of the effects against those of other tables: they have hundreds of rows a batch, and must be there before the
-network has learned to say the same in other words."""
+_SPEED = 10.0
+"""Steps of the effects against those of other tables. They have hundreds of rows a batch, and must be there before the
+network has learned to say the same in other words: at 1, early stopping comes before they are half learned."""
 
 
 class PositionEffects(JsonModel):

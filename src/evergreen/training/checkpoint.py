@@ -26,6 +26,8 @@ class CurvePoint(JsonModel):
     train_loss: float | None
     """None before the first step."""
     validation_loss: float
+    validation_auc: float | None = None
+    """Where early stopping looks at it."""
 
 
 class Progress(JsonModel):
@@ -69,9 +71,14 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 progress = Progress.model_validate_json(file.metadata()["progress"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
+        except (SafetensorError, OSError) as error:
             raise ArtifactError(
                 f"{self.path}: not a checkpoint ({error}): remove it to train from the start"
+            ) from error
+        except (KeyError, TypeError, ValidationError) as error:
+            raise ArtifactError(
+                f"{self.path}: not a checkpoint (no progress that this Evergreen can read): "
+                "remove it to train from the start"
             ) from error
         if progress.run != self.run:
             raise ArtifactError(

@@ -49,8 +49,13 @@ class TrainingConfig(JsonModel):
     """Adagrad's, for the weights of the bins of numbers."""
     initial_accumulator: float = Field(default=1e-5, ge=0)
     """Adagrad's. At 0 the first step of every row is a full one, whatever the gradient; with rare clicks, noise."""
+    table_optimizer: Literal["row_wise_adagrad", "adam"] = "row_wise_adagrad"
+    """Of the table of embeddings. Adam moves, and decays, every row at every step: for small tables."""
     embedding_l2: float = Field(default=0.0, ge=0)
-    """Weight decay of the table's rows that a batch touches."""
+    """Weight decay of the table: of the rows that a batch touches, or with Adam of all."""
+    monitor: Literal["loss", "auc"] = "loss"
+    """What early stopping looks at on validation rows. A loss may rise from overconfidence, which calibration mends,
+    while the order still gets better."""
     plateau_factor: float = Field(default=1.0, gt=0, le=1)
     """All learning rates are multiplied by it when an evaluation brings no improvement; 1: never."""
     id_dropout: float = Field(default=0.3, ge=0, lt=1)

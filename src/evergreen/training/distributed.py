@@ -6,9 +6,9 @@ gathering what each process touched, so a step costs what the batch touches here
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +67,10 @@ class Workers:
             dist.barrier()
 
 
-@contextmanager
-def workers(device: torch.device) -> Iterator[Workers]:
+def workers(device: torch.device) -> Workers:
     """The processes that `torchrun` started (it sets RANK and WORLD_SIZE), or this one alone.
+
+    They stay connected until they end: connecting again, for a second model, would find addresses of the first time.
 
     Args:
         device: what this process trains on; decides between NCCL and gloo. Of several GPUs each process gets its own.
@@ -79,18 +80,13 @@ def workers(device: torch.device) -> Iterator[Workers]:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Workers()
-        return
+        return Workers()
     if device.type == "cuda":
         _take_own_gpu()
-    started = not dist.is_initialized()
-    if started:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Workers(dist.get_rank(), count)
-    finally:
-        if started:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return Workers(dist.get_rank(), count)
 
 
 def _take_own_gpu() -> None:

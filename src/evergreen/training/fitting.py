@@ -46,6 +46,8 @@ class Fit:
 
     curve: tuple[CurvePoint, ...]
     """The first point, step 0, is the model as it was given."""
+    best: CurvePoint
+    """The point whose weights were kept."""
     position: PositionEffect | None
 
 
@@ -58,6 +60,7 @@ def fit_by_gradient(
     kind: LogKind,
     workers: Workers | None = None,
     checkpoint: Checkpoint | None = None,
+    keep_start: bool = False,
 ) -> Fit:
     """Train until validation stops getting better; leaves the best weights in the model, on the CPU.
 
@@ -69,12 +72,14 @@ def fit_by_gradient(
         kind: of the log; decides the loss.
         workers: processes that train together; each calls this with the same arguments.
         checkpoint: where to go on from, and where to save; None: a killed run starts over.
+        keep_start: whether the weights as given are kept when no step beats them. A warm start is a model; a base rate
+            is not.
 
     Raises:
         TrainingError: the loss is not finite, or grows without end.
         ArtifactError: the checkpoint is of another run.
     """
-    run = _Run(model, train, validation, config, kind, workers or Workers(), checkpoint)
+    run = _Run(model, train, validation, config, kind, workers or Workers(), checkpoint, keep_start)
     try:
         return run.fit()
     finally:
@@ -93,8 +98,10 @@ class _Run:
         kind: LogKind,
         workers: Workers,
         checkpoint: Checkpoint | None,
+        keep_start: bool,
     ) -> None:
         self._config, self._workers, self._checkpoint = config, workers, checkpoint
+        self._first_candidate = 0 if keep_start else 1
         self._train = train
         self._device = torch_device(config)
         self._task = TrainingTask(model, config, kind, train).to(self._device)
@@ -111,6 +118,7 @@ class _Run:
         self._steps_per_epoch = math.ceil(self._num_rows / self._batch_size)
         self._interval = max(1, self._steps_per_epoch // config.evaluations_per_epoch)
         watched = thin(validation, config.max_validation_rows)
+        self._ranked = watched if config.monitor == "auc" and kind is not LogKind.RATINGS else None
         self._watched = watched.take(np.arange(len(watched))[workers.share(len(watched))])
         self._autocast = torch.autocast(
             self._device.type,
@@ -123,7 +131,7 @@ class _Run:
         """Train from the start or from the checkpoint."""
         state = self._checkpoint.load() if self._checkpoint is not None else None
         if state is None:
-            curve = [CurvePoint(step=0, epoch=0.0, train_loss=None, validation_loss=self._validate())]
+            curve = [self._point(0, train_loss=None)]
             done, waited, factor, best = 0, 0, 1.0, self._weights()
         else:
             progress, tensors = state
@@ -134,7 +142,7 @@ class _Run:
             done, waited, factor = progress.step, progress.waited, progress.learning_rate_factor
             logger.info("%s: going on from step %d of the checkpoint", self._config.model, done)
         self._optimizers.scale_learning_rates(factor)
-        best_loss = min((point.validation_loss for point in curve[1:]), default=math.inf)
+        best_value = min(map(_watched_value, curve[self._first_candidate :]), default=math.inf)
         summed, started, first = torch.zeros((), device=self._device), time.perf_counter(), done
         for step, batch in self._batches(done):
             if waited >= self._config.patience:
@@ -144,33 +152,30 @@ class _Run:
                 continue
             train_loss = self._workers.sum_values(float(summed), device=self._device)[0] / self._interval
             summed.zero_()
-            point = CurvePoint(
-                step=step,
-                epoch=step / self._steps_per_epoch,
-                train_loss=train_loss,
-                validation_loss=self._validate(),
-            )
+            point = self._point(step, train_loss=train_loss)
             curve.append(point)
+            value = _watched_value(point)
             self._check(point, curve[0])
             rate = (step - first) * self._batch_size / (time.perf_counter() - started)
             logger.info(
                 "%s epoch %.2f: loss %.5f, validation %.5f, %s samples/s",
                 self._config.model, point.epoch, train_loss, point.validation_loss, f"{rate:,.0f}",
             )  # fmt: skip
-            if point.validation_loss < best_loss - self._config.min_improvement * abs(best_loss):
+            if value < best_value - self._config.min_improvement * abs(best_value):
                 waited = 0
             else:
                 waited += 1
                 factor *= self._config.plateau_factor
                 self._optimizers.scale_learning_rates(factor)
-            if point.validation_loss < best_loss:
-                best_loss, best = point.validation_loss, self._weights()
+            if value < best_value:
+                best_value, best = value, self._weights()
             self._save(
                 Progress(run="", step=step, learning_rate_factor=factor, waited=waited, curve=tuple(curve)), best
             )
         self._task.load_state_dict(best)
         self._shift_bias(self._task.correction)
-        return Fit(tuple(curve), self._task.position)
+        best_point = min(curve[self._first_candidate :], key=_watched_value)
+        return Fit(tuple(curve), best_point, self._task.position)
 
     def _step(self, step: int, batch: NDArray[np.int64]) -> Tensor:
         """Take one step; returns this process's part of the batch's mean loss."""
@@ -192,6 +197,20 @@ class _Run:
         workers.sum_gradients(self._optimizers.parameters)
         self._optimizers.step()
         return value.detach() * part
+
+    def _point(self, step: int, *, train_loss: float | None) -> CurvePoint:
+        ranked_auc = None
+        if self._ranked is not None:
+            # Every process measures it; they have to agree on when to stop, to the last bit.
+            mean = self._task.auc(self._ranked) / self._workers.count
+            (ranked_auc,) = self._workers.sum_values(mean, device=self._device)
+        return CurvePoint(
+            step=step,
+            epoch=step / self._steps_per_epoch,
+            train_loss=train_loss,
+            validation_loss=self._validate(),
+            validation_auc=ranked_auc,
+        )
 
     def _validate(self) -> float:
         """Mean loss of the validation rows that are watched."""
@@ -255,6 +274,11 @@ class _Run:
         tensors |= {f"optimizer/{name}": value for name, value in self._optimizers.state().items()}
         self._checkpoint.save(progress.model_copy(update={"run": self._checkpoint.run}), tensors)
         self._saved = time.perf_counter()
+
+
+def _watched_value(point: CurvePoint) -> float:
+    """What early stopping brings down."""
+    return point.validation_loss if point.validation_auc is None else -point.validation_auc
 
 
 def torch_device(config: TrainingConfig) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evergreen.models.inputs import PAD
 from evergreen.models.layers import SharedTable
 from evergreen.training.config import TrainingConfig
 from evergreen.training.row_wise_adagrad import RowWiseAdagrad
@@ -30,15 +31,7 @@ class Optimizers:
                 (bins if name.endswith("bin_table") else dense).append(parameter)
         self._optimizers: list[torch.optim.Optimizer] = []
         if tables:
-            self._optimizers.append(
-                RowWiseAdagrad(
-                    tables,
-                    config.embedding_learning_rate,
-                    initial_accumulator_value=config.initial_accumulator,
-                    weight_decay=config.embedding_l2,
-                    split=_WEIGHT_COLUMNS,
-                )
-            )
+            self._optimizers.append(_table_optimizer(tables, config))
         if bins:
             self._optimizers.append(
                 torch.optim.Adagrad(
@@ -48,6 +41,7 @@ class Optimizers:
         if dense:
             self._optimizers.append(torch.optim.Adam(dense, lr=config.learning_rate, fused=True))
         self._parameters = [*tables, *bins, *dense]
+        self._dense_tables = tables if config.table_optimizer == "adam" else []
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
 
     @property
@@ -63,6 +57,10 @@ class Optimizers:
 
     def step(self) -> None:
         """Move every parameter against its gradient, and drop the gradients."""
+        for parameter in self._dense_tables:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+                parameter.grad[PAD] = 0.0
         for optimizer in self._optimizers:
             optimizer.step()
         self.drop_gradients()
@@ -90,3 +88,15 @@ class Optimizers:
                 if int(owner) == number:
                     restored.setdefault(int(parameter), {})[name] = value
             optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _table_optimizer(tables: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    if config.table_optimizer == "adam":
+        return torch.optim.Adam(tables, lr=config.embedding_learning_rate, weight_decay=config.embedding_l2, fused=True)
+    return RowWiseAdagrad(
+        tables,
+        config.embedding_learning_rate,
+        initial_accumulator_value=config.initial_accumulator,
+        weight_decay=config.embedding_l2,
+        split=_WEIGHT_COLUMNS,
+    )

@@ -2,7 +2,10 @@
 
 Source: Duchi et al. 2011, Adaptive subgradient methods, with one accumulator a row, the mean of the squares over its
 columns, as in Mudigere et al. 2022, Software-hardware co-design for training recommendation models, section 4.1.4.
-Deviates: the first `split` columns of a row may have an accumulator of their own.
+Deviates: the first `split` columns of a row may have an accumulator of their own. Whether that helps depends on the
+log. Validation log loss of DeepFM, whose column 0 is a first order weight, by seed, without and with `split=1`, at a
+learning rate of 0.1 and an initial accumulator of 1e-5: simulated log 0.08882, 0.08913, 0.08888 and 0.08876, 0.08892,
+0.08878; Deskdrop 0.1381, 0.1376 and 0.1382, 0.1394. Of the factorization machine, one seed: 0.08877 and 0.08919.
 
 Duplicate rows of a batch are summed before anything else. Without that each of the thousand occurrences of a frequent
 value would take a step of its own, with the accumulator that it found: on Zipf-distributed ids the loss diverges.

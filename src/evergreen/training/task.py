@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evergreen.contracts.mapping import LogKind
+from evergreen.metrics.binary import auc
 from evergreen.models.base import OwnLoss, RankingModel, TwoTasks, score_rows
 from evergreen.models.inputs import EncodedRows, ModelInputs
 from evergreen.models.position import PositionEffect
@@ -114,6 +116,21 @@ class TrainingTask(nn.Module):
         value = self._objective(scores, targets.labels, targets.weights)
         return value, value / self._unit + extra
 
+    def auc(self, examples: Examples) -> float:
+        """AUC of the scores at the positions where rows were shown; 0.5 where only one class occurs."""
+        scores = self._shown_scores(examples).numpy()
+        value = auc(examples.labels.astype(np.float64), scores)
+        return value if math.isfinite(value) else 0.5
+
+    def _shown_scores(self, examples: Examples) -> Tensor:
+        """(num_rows,) float64 scores of all rows alike, the effects of their positions included."""
+        scores = torch.from_numpy(score_rows(self.model, examples.rows)).double() + self.correction
+        if self.position is not None and examples.positions is not None:
+            with torch.inference_mode():
+                effects = self.position(torch.from_numpy(examples.positions).to(self.model.bias.device))
+            scores = scores + effects.cpu()
+        return scores
+
     def evaluate(self, examples: Examples, *, batch_size: int) -> tuple[float, float]:
         """Sum of the losses of rows as they are, neither thinned nor weighted, and the number of rows.
 
@@ -126,10 +143,7 @@ class TrainingTask(nn.Module):
         with torch.inference_mode():
             if self.own_loss is not None:
                 return self._evaluate_own_loss(self.own_loss, examples, batch_size, device)
-            scores = torch.from_numpy(score_rows(self.model, examples.rows)).double() + self.correction
-            if self.position is not None and examples.positions is not None:
-                scores = scores + self.position(torch.from_numpy(examples.positions).to(device)).cpu()
-            value = self._plain_objective(scores, torch.from_numpy(examples.labels), None)
+            value = self._plain_objective(self._shown_scores(examples), torch.from_numpy(examples.labels), None)
         return float(value) * len(examples), float(len(examples))
 
     def _evaluate_own_loss(

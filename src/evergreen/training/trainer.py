@@ -86,7 +86,8 @@ def train_model(
     if warm_start is not None:
         check_warm_start(warm_start, config.model, hyperparameters)
     labels = {split: _labels(training_set, split) for split in ("train", "validation")}
-    with _torch_threads(config.num_threads), workers(torch_device(config)) as team:
+    with _torch_threads(config.num_threads):
+        team = workers(torch_device(config))
         encoder, train_rows = _encode_training_rows(training_set, config, warm_start)
         validation_rows = _encode(encoder, training_set, "validation", len(labels["validation"]))
         logger.info(
@@ -103,7 +104,8 @@ def train_model(
         saved = None
         if checkpoint is not None:
             saved = Checkpoint(checkpoint, _run_digest(training_set, config, warm_start, team), checkpoint_seconds)
-        history, position = _fit(model, train, validation, config, training_set.kind, team, saved)
+        is_warm = warm_start is not None
+        history, position = _fit(model, train, validation, config, training_set.kind, team, saved, is_warm=is_warm)
         if team.is_first:
             _write(
                 out,
@@ -311,17 +313,22 @@ def _fit(
     kind: LogKind,
     team: Workers,
     checkpoint: Checkpoint | None,
+    *,
+    is_warm: bool,
 ) -> tuple[dict[str, Any], PositionEffects | None]:
     """Fit the weights; returns what metrics.json tells of it, and what positions add to scores."""
     if isinstance(model, ClosedForm):
         tried = model.fit(train.rows, train.labels, validation.rows, validation.labels, kind=kind)
         return {"tried": tried, "chosen": min(tried, key=tried.__getitem__) if tried else None}, None
-    fit = fit_by_gradient(model, train, validation, config, kind=kind, workers=team, checkpoint=checkpoint)
-    best = min(fit.curve[1:], key=lambda point: point.validation_loss)
+    fit = fit_by_gradient(
+        model, train, validation, config, kind=kind, workers=team, checkpoint=checkpoint, keep_start=is_warm
+    )
+    best = fit.best
     if best.validation_loss >= fit.curve[0].validation_loss:
         logger.warning(
-            "%s: no step beat the start on validation rows (%.5f against %.5f): the features say little here",
-            config.model, best.validation_loss, fit.curve[0].validation_loss,
+            "%s: no step beat the start on validation rows (%.5f against %.5f): %s",
+            config.model, min(point.validation_loss for point in fit.curve[1:]), fit.curve[0].validation_loss,
+            "the weights to start from are kept" if is_warm else "the features say little here",
         )  # fmt: skip
     position = None
     if fit.position is not None and train.positions is not None:

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 
 from evergreen.contracts.errors import ArtifactError
-from evergreen.contracts.evaluation import BASE_RATE, Evaluation, Verdict
+from evergreen.contracts.evaluation import BASE_RATE, Evaluation, Latency, Verdict
 from evergreen.evaluation.evaluate import EvaluationConfig, evaluate_models
+from evergreen.evaluation.ranking import RECENT_POPULARITY
 from evergreen.metrics.binary import auc, normalized_entropy
 from evergreen.metrics.regression import rmse
 
@@ -197,14 +198,54 @@ def test_interactions_are_ranked_over_the_catalogue_against_popularity(reads, tm
     assert set(evaluation.model("deepfm").metrics) == expected
     queries = result.queries
     assert queries.found == queries.without_new_items + queries.unreachable + queries.sampled_out + queries.evaluated
-    assert {part.name for part in result.slices} >= {"new users", "known users", "new items", "known items"}
+    assert {part.name for part in result.slices} >= {
+        "new users", "known users", "users without history", "users with history", "new items", "known items",
+    }  # fmt: skip
     assert result.resampled == "users"
 
 
-def test_without_popularity_interactions_are_held_against_a_random_order(reads, tmp_path):
+def test_without_popularity_a_ranking_has_a_baseline_of_recent_popularity_all_the_same(reads, tmp_path):
     evaluation = run(reads, [reads.scorer("deepfm", own_kind, probability=sigmoid)], tmp_path / "e")
-    assert evaluation.result.baseline == BASE_RATE
+    assert [m.name for m in evaluation.result.models] == [BASE_RATE, RECENT_POPULARITY, "deepfm"]
+    assert evaluation.result.baseline == RECENT_POPULARITY
+    baseline = evaluation.model(RECENT_POPULARITY)
+    assert set(baseline.metrics) == {f"{m}_at_{k}" for m in ("ndcg", "recall") for k in (5, 10, 20)}
+    assert baseline.latency is None and baseline.version is None
     assert evaluation.model("deepfm").beats_baseline
+    page = evaluation.report.read_text()
+    assert "recent popularity ranks by positives an hour" in page
+    assert (
+        page.count("</span>recent popularity") == 3
+    )  # ranking, differences, warm and cold; it predicts no probability
+
+
+def test_recent_popularity_is_not_added_beside_a_trained_popularity(reads, tmp_path):
+    packages = [reads.scorer("popularity", popular, probability=sigmoid)]
+    evaluation = run(reads, packages, tmp_path / "e")
+    assert [m.name for m in evaluation.result.models] == [BASE_RATE, "popularity"]
+
+
+def test_an_extreme_budget_takes_logistic_regression_and_a_loose_one_the_transformer(clicks, tmp_path, monkeypatch):
+    def measured(packages, request, config):
+        p99 = {"popularity": 2.0, "logistic_regression": 3.0, "transformer": 20.0}
+        return {
+            name: Latency(rows=500, repetitions=10, p50_ms=ms, p99_ms=ms, within_budget=ms <= config.latency_budget_ms)
+            for name, ms in p99.items()
+        }
+
+    monkeypatch.setattr("evergreen.evaluation.evaluate.measure_latency", measured)
+    packages = [
+        clicks.scorer("transformer", x),
+        clicks.scorer("logistic_regression", lambda table: 0.5 * x(table) + 0.06),
+        clicks.scorer("popularity", noise),
+    ]
+    champions = {}
+    for budget in (5.0, 50.0):
+        config = CONFIG.model_copy(update={"latency_budget_ms": budget})
+        evaluation = run(clicks, packages, tmp_path / f"e{budget:g}", config)
+        champions[budget] = evaluation.champion
+    assert champions == {5.0: "logistic_regression", 50.0: "transformer"}
+    assert "Of 2 simpler models logistic_regression is best" in evaluation.reason
 
 
 @pytest.mark.parametrize(

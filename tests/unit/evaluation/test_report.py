@@ -38,11 +38,42 @@ def test_page_needs_no_script_and_nothing_from_the_network(page):
 
 def test_page_shows_the_verdict_the_figures_and_the_data(evaluation, page):
     assert page.index("deepfm") < page.index("Quality")
-    for heading in ("Quality against latency", "ROC", "Reliability", "By day", "Slices", "Data"):
+    for heading in ("Quality against latency", "ROC", "Reliability", "By day", "Warm and cold", "Data"):
         assert f"<h2>{heading}</h2>" in page
     assert page.count("<svg") == 6
     assert evaluation.result.snapshot_id in page
     assert "user_rate_1h" in page  # a dropped feature
+
+
+def test_warm_and_cold_is_one_table_with_a_row_for_every_model(evaluation, page):
+    table = page[page.index("<h2>Warm and cold</h2>") :]
+    table = table[: table.index("</section>")]
+    parts = [part for part in evaluation.result.slices if part.dimension in ("user", "item")]
+    header = table[table.index("<thead>") : table.index("</thead>")]
+    assert re.findall(r"<th>(.*?)</th>", header) == ["model", *(part.name for part in parts)]
+    assert [name for name in ("base rate", "popularity", "deepfm") if name in table] == [
+        "base rate",
+        "popularity",
+        "deepfm",
+    ]
+    for part in parts:
+        for estimate in part.models.values():
+            assert f"{estimate.value:,.4f}" in table
+    assert "new items left out: 0 rows, at least 100 are needed." in table
+
+
+def test_picture_of_quality_against_latency_has_the_budget_and_names_what_is_over_it(clicks, evaluation, tmp_path):
+    slow = evaluation.result.models[-1]
+    latency = slow.latency.model_copy(update={"p99_ms": 9_000.0, "within_budget": False})
+    models = (*evaluation.result.models[:-1], slow.model_copy(update={"latency": latency}))
+    result = evaluation.result.model_copy(update={"models": models})
+    write_report(
+        result, evaluation.curves(), clicks.training_set.manifest, clicks.snapshot.manifest, tmp_path / "a.html"
+    )
+    page, before = (tmp_path / "a.html").read_text(), evaluation.report.read_text()
+    assert "budget 5000 ms</text>" in page
+    assert f"Over the budget, hollow: {slow.name}." in page
+    assert "No model is over the budget of 5000 ms." in before
 
 
 def test_text_from_the_log_is_escaped(page):

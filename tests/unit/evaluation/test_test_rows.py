@@ -1,6 +1,7 @@
 """The rows that are evaluated: how they are clustered, dated and timed."""
 
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,15 @@ from pydantic import ValidationError
 
 from evergreen.evaluation.config import EvaluationConfig
 from evergreen.evaluation.latency import request_rows
-from evergreen.evaluation.rows import MIN_CLUSTERS, row_clusters, row_periods
+from evergreen.evaluation.rows import (
+    MIN_CLUSTERS,
+    each_encoded,
+    has_values,
+    predict_test_rows,
+    row_clusters,
+    row_periods,
+)
+from evergreen.evaluation.slices import KnownIds, row_slices
 
 
 def keys(users: list[str | None], requests: list[str | None]) -> pa.Table:
@@ -56,6 +65,56 @@ def test_a_request_has_as_many_rows_as_asked_for():
     rows = pa.table({"x": [1, 2, 3]})
     assert request_rows(rows, 7)["x"].to_pylist() == [1, 2, 3, 1, 2, 3, 1]
     assert request_rows(rows, 2)["x"].to_pylist() == [1, 2]
+
+
+class ShownScorer:
+    """A model that answers with the position at which it is told that a row was shown, as a probability."""
+
+    info = SimpleNamespace(name="deepfm")
+    encoder = SimpleNamespace(digest="none", transform=lambda table: table)
+
+    def predict_encoded(self, rows, positions=None):
+        return positions / 10
+
+
+def test_test_rows_are_predicted_where_they_were_shown_and_unknown_positions_are_0(write_world, split_rows, tmp_path):
+    rows = {split: split_rows(split, np.arange(8) % 2, np.zeros(8)) for split in ("train", "validation", "test")}
+    position = pa.array([1, None, 3, 2, 1, None, 5, 4], pa.int32())
+    rows["test"] = rows["test"].append_column("position", position)
+    world = write_world(tmp_path, "impressions", rows)
+    for chunk in (3, 100):
+        predicted = predict_test_rows(world.training_set, [ShownScorer()], EvaluationConfig(chunk_rows=chunk))
+        assert predicted.predictions["deepfm"].tolist() == [0.1, 0.0, 0.3, 0.2, 0.1, 0.0, 0.5, 0.4]
+
+
+def test_rows_are_encoded_once_for_all_models_of_one_encoder():
+    encoded = []
+
+    def encode(encoder):
+        encoded.append(encoder.digest)
+        return f"rows of {encoder.digest}"
+
+    packages = [SimpleNamespace(name=n, encoder=SimpleNamespace(digest=d)) for n, d in ("ax", "bx", "cy", "dx")]
+    rows = {package.name: rows for package, rows in each_encoded(packages, encode)}
+    assert encoded == ["x", "y"]
+    assert rows == {"a": "rows of x", "b": "rows of x", "c": "rows of y", "d": "rows of x"}
+
+
+def test_users_without_history_are_a_slice_of_their_own(write_world, split_rows, tmp_path):
+    n = 600
+    labels = np.arange(n) % 3 == 0
+    rows = {split: split_rows(split, labels, np.full(n, 0.3)) for split in ("train", "validation", "test")}
+    history = [None if i % 4 == 0 else [] if i % 4 == 1 else ["i1"] for i in range(n)]
+    rows["test"] = rows["test"].append_column("user_history", pa.array(history, pa.list_(pa.string())))
+    world = write_world(tmp_path, "impressions", rows)
+    config = EvaluationConfig(chunk_rows=250)
+    test_rows = predict_test_rows(world.training_set, [], config)
+    assert test_rows.has_history.tolist() == has_values(rows["test"]["user_history"]).tolist()
+    slices = row_slices(
+        test_rows, KnownIds.of(world.training_set), kind=world.training_set.kind, metric="log_loss", config=config
+    )
+    named = {part.name: len(part.index) for part in slices if part.dimension == "user"}
+    assert named["users without history"] == named["users with history"] == n // 2
 
 
 def test_config_refuses_a_primary_cutoff_that_is_not_measured():

@@ -8,7 +8,15 @@ from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.evaluation import BASE_RATE
 from evergreen.evaluation.config import EvaluationConfig
 from evergreen.evaluation.queries import Catalogue, Queries, find_queries
-from evergreen.evaluation.ranking import KNOWN_ITEMS, NEW_ITEMS, candidates_of, rank_queries
+from evergreen.evaluation.ranking import (
+    KNOWN_ITEMS,
+    NEW_ITEMS,
+    RECENT_POPULARITY,
+    candidates_of,
+    rank_queries,
+    recent_popularity,
+)
+from evergreen.features.point_in_time import join_features
 from evergreen.metrics.ranking import ndcg_at_k, recall_at_k
 
 
@@ -89,6 +97,65 @@ def test_item_slices_take_the_other_groups_relevant_items_off_the_list(reads, qu
             ]
             scores = [float(int(item[1:]) % 4 == int(query.user_id[1:]) % 4) for item in items]
             assert value == pytest.approx(ndcg_at_k(scores, [item in query.relevant for item in items], k=10))
+
+
+def test_rows_are_those_of_the_whole_join(reads, queries):
+    """What is joined once a query, or once an item and time, is what a join of every row gives."""
+    seen = []
+
+    def remember(table: pa.Table) -> np.ndarray:
+        seen.append(table)
+        return np.zeros(table.num_rows)
+
+    rank(reads, queries, [reads.scorer("deepfm", remember)], chunk_rows=10**6)
+    catalogue = Catalogue(reads.tables)
+    spine = {name: [] for name in ("event_timestamp", "user_id", "device")}
+    items = []
+    for query in queries.queries:
+        items.append(candidates_of(query, catalogue))
+        for name, value in (
+            ("event_timestamp", query.time), ("user_id", query.user_id), ("device", query.context["device"]),
+        ):  # fmt: skip
+            spine[name] += [value] * items[-1].num_rows
+    listed = pa.concat_tables(items)
+    times = pa.array(spine.pop("event_timestamp"), pa.timestamp("us", tz="UTC"))
+    whole = join_features(
+        pa.table({"event_timestamp": times, **spine, **dict(zip(listed.column_names, listed.columns, strict=True))}),
+        reads.tables,
+    )
+    (table,) = seen
+    for feature in reads.training_set.manifest.features:
+        assert table[feature.name].to_pylist() == whole[feature.name].to_pylist(), feature.name
+
+
+def test_recent_popularity_weighs_an_event_by_how_lately_it_was():
+    columns = {"1h": [None, 0, 1], "1d": [None, 1, 1], "7d": [None, 1, 1], "30d": [None, 50, 1]}
+    items = pa.table({f"item_positives_{w}": pa.array(values, pa.int64()) for w, values in columns.items()})
+    never, once_popular, just_now = recent_popularity(items)
+    assert 0 == never < once_popular < just_now
+    assert just_now == pytest.approx((1 + 1 / 24 + 1 / 168 + 1 / 720) / 4)
+
+
+def test_recent_popularity_ranks_beside_the_models_when_asked_for(reads, queries):
+    def popular(table: pa.Table) -> np.ndarray:
+        return recent_popularity(table)
+
+    config = EvaluationConfig(chunk_rows=1_000)
+    ranked = rank_queries(
+        queries, reads.tables, [reads.scorer("deepfm", popular)], mapping=reads.snapshot.mapping, known_items=(),
+        config=config, with_recent_popularity=True,
+    )  # fmt: skip
+    assert list(ranked.metrics) == [BASE_RATE, RECENT_POPULARITY, "deepfm"]
+    for metric, values in ranked.metrics[RECENT_POPULARITY].items():
+        assert np.array_equal(values, ranked.metrics["deepfm"][metric])
+
+
+def test_queries_of_users_without_a_past_are_known(reads, queries):
+    ranked = rank(reads, queries, [])
+    before = reads.snapshot.manifest.first_event
+    assert before < queries.queries[0].time
+    for query, has_history in zip(queries.queries, ranked.has_history, strict=True):
+        assert has_history == bool(query.seen)  # every event of this log is positive, and older than an hour
 
 
 def test_a_score_that_is_not_finite_is_an_error_that_names_the_model(reads, queries):

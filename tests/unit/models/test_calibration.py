@@ -40,7 +40,8 @@ def test_distortion_of_true_logits_is_undone(fit) -> None:
     logit = np.random.default_rng(0).normal(-3, 1.5, 200_000)
     fitted = fit(2.5 * logit + 4, clicks(logit, 1))
     inside = np.linspace(-5, 0, 50)
-    np.testing.assert_allclose(fitted.apply(2.5 * inside + 4), sigmoid(inside), rtol=0.25)  # two hundred clicks lie below -4.5
+    # Clicks are few at the low end, so a step of the curve is not exact there.
+    np.testing.assert_allclose(fitted.apply(2.5 * inside + 4), sigmoid(inside), rtol=0.25)
 
 
 def test_platt_finds_slope_and_intercept() -> None:
