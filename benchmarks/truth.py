@@ -83,8 +83,8 @@ def report(work: Path, rows: int, models: list[str], seed: int, world: dict[str,
         "",
         f"2 cores, {platform.machine()}, Python {platform.python_version()}, one thread; "
         f"{training_set.manifest.splits['train'].rows:,} training rows, {len(labels):,} test rows with "
-        f"{int(labels.sum()):,} clicks in the days after them; simulator seed {seed}. World: {_words(world)}. Training: "
-        f"{_words(training)}.",
+        f"{int(labels.sum()):,} clicks in the days after them; simulator seed {seed}. World: {_words(world)}. "
+        f"Training: {_words(training)}.",
         "",
         "| probabilities | normalized entropy | against the truth's | AUC | training s | peak RSS MiB |",
         "|---|---:|---:|---:|---:|---:|",

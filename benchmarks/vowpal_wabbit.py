@@ -44,12 +44,14 @@ OURS = textwrap.dedent("""\
     from pathlib import Path
     import numpy as np, pyarrow as pa, pyarrow.csv as pa_csv, torch
     from safetensors.torch import save_file
+    from evergreen.contracts.mapping import LogKind
     from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
     from evergreen.models.base import score_rows
     from evergreen.models.encoding import Encoder, open_parquet
     from evergreen.models.registry import build_model, model_config
     from evergreen.training.config import TrainingConfig
-    from evergreen.training.fitting import Examples, click_loss, fit_by_gradient
+    from evergreen.training.fitting import fit_by_gradient
+    from evergreen.training.task import Examples
 
     pa.set_cpu_count(1)
     torch.set_num_threads(1)
@@ -85,7 +87,7 @@ OURS = textwrap.dedent("""\
         model = build_model("logistic_regression", model_config("logistic_regression", {}), encoder.spec)
         rate = float(train.labels.mean())
         model.set_output(bias=float(np.log(rate / (1 - rate))), scale=1.0)
-        fit_by_gradient(model, train, validation, config, loss=click_loss)
+        fit_by_gradient(model, train, validation, config, kind=LogKind.IMPRESSIONS)
         phases.append(time.process_time())
         encoder.write(folder / "encoder.json")
         save_file(model.state_dict(), folder / "weights.safetensors")

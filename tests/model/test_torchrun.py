@@ -25,7 +25,7 @@ RUNS = {
     "deepfm": {"model": "deepfm", "hyperparameters": {"dropout": 0.0, "hidden": [16]}},
     "deepfm, thinned": {"model": "deepfm", "hyperparameters": {"dropout": 0.0, "hidden": [16]}, "negative_rate": 0.3},
     "logistic_regression": {"model": "logistic_regression"},
-    "last batch of one row": {"model": "logistic_regression", "batch_size": 11_199, "min_steps_per_epoch": 1},
+    "batches of odd size": {"model": "logistic_regression", "batch_size": 333, "min_steps_per_epoch": 1},
     "popularity": {"model": "popularity"},
 }
 

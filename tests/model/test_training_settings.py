@@ -38,7 +38,7 @@ def run(tmp_path: Path):
     return run
 
 
-def quick_set(make_training_set, kind: LogKind = LogKind.IMPRESSIONS, num_rows: int = 1200) -> TrainingSet:
+def quick_set(make_training_set, kind: LogKind = LogKind.IMPRESSIONS, num_rows: int = 1600) -> TrainingSet:
     """All kinds of features, so that every model can be trained: users like items of their own half."""
     rng = np.random.default_rng(4)
     user, item = rng.integers(40, size=num_rows), rng.integers(NUM_ITEMS, size=num_rows)
@@ -67,7 +67,7 @@ def quick_set(make_training_set, kind: LogKind = LogKind.IMPRESSIONS, num_rows: 
 @pytest.mark.parametrize("model", MODEL_NAMES)
 def test_every_model_gives_equal_bytes_twice_and_learns(model: str, make_training_set, run) -> None:
     training_set = quick_set(make_training_set)
-    first, second = (run(training_set, model) for _ in range(2))
+    first, second = (run(training_set, model, learning_rate=0.01) for _ in range(2))
     assert first.digest == second.digest
     rows = training_set.read("test")
     predicted, label = first.predict(rows), rows["label"].to_numpy()

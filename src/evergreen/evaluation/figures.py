@@ -279,7 +279,7 @@ def by_period(
         axes.set_xticks(range(0, len(periods), step), [periods[i] for i in range(0, len(periods), step)])
         axes.set_ylabel(label)
         axes.margins(y=0.12)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=max(1, len(values)), fontsize=9)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(5, max(1, len(values))), fontsize=9)
 
     return _draw("by_period", f"{label} of every model over time", (9.6, 3.3), paint)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +13,12 @@ from numpy.typing import NDArray
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.evaluation import BASE_RATE
-from evergreen.contracts.feature_tables import JOIN_KEYS, WINDOWS_HOURS, FeatureTables
+from evergreen.contracts.feature_tables import WINDOWS_HOURS, FeatureTables
 from evergreen.contracts.mapping import Mapping as LogMapping
-from evergreen.contracts.mapping import Role
-from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
-from evergreen.evaluation.config import EvaluationConfig, RowEncoder, Scorer
+from evergreen.evaluation.config import EvaluationConfig, Scorer
+from evergreen.evaluation.pairs import PairFeatures
 from evergreen.evaluation.queries import Catalogue, Queries, Query
 from evergreen.evaluation.rows import HISTORY, each_encoded, has_values
-from evergreen.features.point_in_time import join_features
 from evergreen.metrics.ranking import ndcg_of_ranks, recall_of_ranks, relevant_ranks
 from evergreen.metrics.statistic import FloatArray, IntArray
 
@@ -100,6 +97,7 @@ def rank_queries(
             f"longer log or a larger split.test_fraction, or set recommend_seen_items = true in the mapping"
         )
     catalogue = Catalogue(tables)
+    features = PairFeatures(queries.queries, tables, mapping)
     names = [BASE_RATE, *(package.info.name for package in packages)]
     if with_recent_popularity:
         names.insert(1, RECENT_POPULARITY)
@@ -114,9 +112,9 @@ def rank_queries(
     latency_rows: pa.Table | None = None
     for first, candidates in _chunks(queries.queries, catalogue, config.chunk_rows):
         asked = queries.queries[first : first + len(candidates)]
-        pairs = _pairs(asked, candidates, tables, mapping)
+        pairs = features.join(asked, candidates)
         if latency_rows is None:
-            latency_rows = join_features(_spine(asked, candidates, mapping).slice(0, config.latency_rows), tables)
+            latency_rows = features.whole_rows(asked, candidates, config.latency_rows)
         has_history[first : first + len(asked)] = has_values(pairs.users[HISTORY])
         scores = {BASE_RATE: np.zeros(len(pairs.user_of))}
         if with_recent_popularity:
@@ -207,50 +205,3 @@ def _chunks(queries: Sequence[Query], catalogue: Catalogue, chunk_rows: int) -> 
         rows += candidates.num_rows
     if tables:
         yield first, tables
-
-
-_USER_TABLES = tuple(name for name, keys in JOIN_KEYS.items() if keys == ("user_id",))
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Queries and their candidates, with features; what is alike for all candidates of a query is held once."""
-
-    users: pa.Table
-    """A row for each query."""
-    candidates: pa.Table
-    user_of: NDArray[np.int64]
-    """(num_candidates,) row of `users`."""
-
-    def encode(self, encoder: RowEncoder) -> Any:
-        """A row for each candidate."""
-        return encoder.transform_pairs(self.users, self.candidates, self.user_of)
-
-
-def _pairs(
-    queries: Sequence[Query], candidates: Sequence[pa.Table], tables: FeatureTables, mapping: LogMapping
-) -> _Pairs:
-    nobody = pa.table({"item_id": pa.nulls(1, pa.string()), "category": pa.nulls(1, pa.string())})
-    users = join_features(_spine(queries, [nobody] * len(queries), mapping), tables, only=_USER_TABLES)
-    others = [name for name in JOIN_KEYS if name not in _USER_TABLES]
-    items = join_features(_spine(queries, candidates, mapping), tables, only=others)
-    return _Pairs(users, items, _query_of_candidate(candidates))
-
-
-def _query_of_candidate(candidates: Sequence[pa.Table]) -> NDArray[np.int64]:
-    return np.repeat(np.arange(len(candidates)), [table.num_rows for table in candidates])
-
-
-def _spine(queries: Sequence[Query], candidates: Sequence[pa.Table], mapping: LogMapping) -> pa.Table:
-    """A row for each query and candidate: what `join_features` needs, and the query's context features."""
-    repeats = pa.array(_query_of_candidate(candidates))
-    of_query = {
-        "event_timestamp": pa.array([query.time for query in queries], TIMESTAMP_TYPE),
-        "user_id": pa.array([query.user_id for query in queries], pa.string()),
-    }
-    schema = event_schema(mapping)
-    for name in mapping.features(Role.CONTEXT):
-        of_query[name] = pa.array([query.context[name] for query in queries], schema.field(name).type)
-    items = pa.concat_tables(candidates)
-    columns = {name: column.take(repeats) for name, column in of_query.items()}
-    return pa.table({**columns, "item_id": items["item_id"], "category": items["category"]})

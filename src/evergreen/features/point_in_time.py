@@ -19,12 +19,14 @@ from datetime import datetime, timedelta
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
 from evergreen.contracts.instant import to_micros
+from evergreen.contracts.snapshot import TIMESTAMP_TYPE
 from evergreen.features.request import REQUEST_SCHEMA, request_features
 
 EVENT_TIMESTAMP = "event_timestamp"
@@ -68,7 +70,7 @@ def join_features(spine: pa.Table, tables: FeatureTables, *, only: Collection[st
     check_spine(spine, {key for keys in JOIN_KEYS.values() for key in keys})
     joined = []
     for name in JOIN_KEYS:
-        source = _table_source(tables, name)
+        source = table_source(tables, name)
         joined.append(asof_features(spine, source) if name in only else _no_features(spine.num_rows, source))
     stored = pa.Table.from_arrays(
         [column for table in joined for column in table.columns],
@@ -135,7 +137,7 @@ def latest_rows(
 
 def service_columns(tables: FeatureTables) -> list[str]:
     """Names of the columns that `join_features` appends, in order."""
-    stored = [name for table in JOIN_KEYS for name in _table_source(tables, table).features]
+    stored = [name for table in JOIN_KEYS for name in table_source(tables, table).features]
     return [*stored, *REQUEST_SCHEMA.names]
 
 
@@ -197,6 +199,59 @@ def connection() -> Iterator[duckdb.DuckDBPyConnection]:
         yield db
 
 
+class Timeline:
+    """A feature table of one key over a stretch of time, in memory: what holds at a moment, for many keys, fast.
+
+    Holds the rows of the stretch and, of each key, the last one before it. Looking up K keys takes about as long as
+    reading K numbers; an ASOF join would sort them first.
+    """
+
+    def __init__(self, tables: FeatureTables, name: str, *, start: datetime, end: datetime) -> None:
+        """Read a table.
+
+        Args:
+            tables: the feature tables.
+            name: of a table with one key.
+            start: the first moment that will be asked for.
+            end: the last.
+        """
+        source = table_source(tables, name)
+        (key,) = source.keys
+        columns = [key, EVENT_TIMESTAMP, *source.features]
+        before = latest_rows(source.path, keys=[key], columns=columns, end=start)
+        at = ds.field(EVENT_TIMESTAMP)
+        during = ds.dataset(source.path, format="parquet").to_table(
+            columns=columns, filter=(at > pa.scalar(start, TIMESTAMP_TYPE)) & (at <= pa.scalar(end, TIMESTAMP_TYPE))
+        )
+        rows = pa.concat_tables([before, during]).sort_by([(key, "ascending"), (EVENT_TIMESTAMP, "ascending")])
+        keys = rows[key].combine_chunks().dictionary_encode()
+        self.features = rows.select(list(source.features)).combine_chunks()
+        """(num_rows,) the table's features."""
+        self._keys = keys.dictionary
+        self._times = rows[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy()
+        codes = keys.indices.to_numpy(zero_copy_only=False)
+        self._starts = np.searchsorted(codes, np.arange(len(self._keys)))  # codes rise: sorted by key
+        self._range = (start, end)
+
+    def rows_at(self, moment: datetime, keys: pa.Array | pa.ChunkedArray) -> pa.Array:
+        """(num_keys,) int64 rows of `features` that hold for each key at a moment; null where nothing is known.
+
+        Raises:
+            ValueError: the moment is outside the stretch.
+        """
+        start, end = self._range
+        if not start <= moment <= end:
+            raise ValueError(f"moment {moment}: this timeline holds {start} to {end}")
+        if len(self._keys) == 0:
+            return pa.nulls(len(keys), pa.int64())
+        known = np.where(self._times <= to_micros(moment), np.arange(len(self._times)), -1)
+        latest = np.maximum.reduceat(known, self._starts)
+        rows = pa.array(latest, mask=latest < 0)
+        places = pc.index_in(keys, value_set=self._keys, skip_nulls=True)
+        found = rows.take(places)
+        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
 def check_spine(spine: pa.Table, keys: set[str]) -> None:
     """Raise ArtifactError unless the spine has an event_timestamp and all key columns."""
     for name in [EVENT_TIMESTAMP, *sorted(keys)]:
@@ -206,7 +261,8 @@ def check_spine(spine: pa.Table, keys: set[str]) -> None:
             )
 
 
-def _table_source(tables: FeatureTables, name: str) -> AsofSource:
+def table_source(tables: FeatureTables, name: str) -> AsofSource:
+    """The rows of one feature table, all of its features under their own names."""
     path = str(tables.table(name))
     keys = JOIN_KEYS[name]
     features = [column for column in pq.read_schema(path).names if column not in (*keys, EVENT_TIMESTAMP)]

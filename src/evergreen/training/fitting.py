@@ -156,7 +156,8 @@ class _Run:
             curve.append(point)
             value = _watched_value(point)
             self._check(point, curve[0])
-            rate = (step - first) * self._batch_size / (time.perf_counter() - started)
+            rows = (step - first) * self._num_rows / self._steps_per_epoch
+            rate = rows / (time.perf_counter() - started)
             logger.info(
                 "%s epoch %.2f: loss %.5f, validation %.5f, %s samples/s",
                 self._config.model, point.epoch, train_loss, point.validation_loss, f"{rate:,.0f}",
@@ -237,8 +238,10 @@ class _Run:
             rows = self._negatives(epoch) if self._thinned else np.arange(self._num_rows)
             rows = _rng(self._config.seed, _ORDER, epoch).permutation(rows)
             first = epoch * self._steps_per_epoch
+            # Alike to within one row: a last batch of what is left over may be one row, which has no batch statistics.
+            cuts = np.arange(self._steps_per_epoch + 1) * self._num_rows // self._steps_per_epoch
             for place in range(max(0, done - first), self._steps_per_epoch):
-                yield first + place + 1, rows[place * self._batch_size : (place + 1) * self._batch_size]
+                yield first + place + 1, rows[cuts[place] : cuts[place + 1]]
 
     def _negatives(self, epoch: int) -> NDArray[np.int64]:
         """Rows of an epoch when negatives are thinned: others in each."""

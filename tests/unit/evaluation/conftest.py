@@ -38,11 +38,9 @@ START = datetime(2024, 3, 4, tzinfo=UTC)  # a Monday
 
 def whole_rows(users: pa.Table, candidates: pa.Table, user_of: np.ndarray) -> pa.Table:
     """A row for each candidate; columns that candidates do not fill are the user's."""
-    columns = {
-        name: users[name].take(pa.array(user_of)) if values.null_count == len(values) else values
-        for name, values in zip(candidates.column_names, candidates.columns, strict=True)
-    }
-    return pa.table(columns)
+    of_users = users.take(pa.array(user_of))
+    filled = [name for name in candidates.column_names if candidates[name].null_count < candidates.num_rows]
+    return pa.table({name: of_users[name] for name in users.column_names} | {name: candidates[name] for name in filled})
 
 
 @dataclass

@@ -6,8 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from evergreen.contracts.evaluation import BASE_RATE
 from evergreen.evaluation.evaluate import EvaluationConfig, evaluate_models
+from evergreen.evaluation.figures import Series
+from evergreen.evaluation.ranking import RECENT_POPULARITY
 from evergreen.evaluation.report import duration_words, metric_label, write_report
+from evergreen.models.registry import MODEL_NAMES
 
 
 def x(table: pa.Table) -> np.ndarray:
@@ -84,6 +88,14 @@ def test_figures_take_their_colours_from_the_page(page):
     svgs = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert "var(--ink)" in svgs and "var(--m1)" in svgs
     assert not re.findall(r"#[0-9a-f]{6}(?![0-9a-f])", svgs)
+
+
+def test_every_model_of_the_registry_has_a_colour_of_its_own_in_light_and_dark(page):
+    needed = {BASE_RATE, RECENT_POPULARITY, *MODEL_NAMES}
+    for number in range(len(needed)):
+        colours = re.findall(rf"--m{number}: (#[0-9a-f]{{6}});", page)
+        assert len(set(colours)) == 2
+    assert len({Series("model", number).css for number in range(len(needed))}) == len(needed)
 
 
 def test_ids_of_the_figures_do_not_clash(page):

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables, FeatureTablesManifest
 from evergreen.contracts.mapping import Mapping
-from evergreen.features.point_in_time import AsofSource, asof_features, items_as_of, join_features, service_columns
+from evergreen.features.point_in_time import (
+    AsofSource,
+    Timeline,
+    asof_features,
+    items_as_of,
+    join_features,
+    service_columns,
+    table_source,
+)
 from evergreen.features.schema import feature_table_schemas
 
 MICROS = pa.timestamp("us", tz="UTC")
@@ -255,3 +263,49 @@ def test_catalogue_holds_each_item_once_as_it_was(tmp_path: Path) -> None:
     ]
     assert pc.all(pc.equal(items_as_of(tables, at(5))["category"].drop_null(), pa.array(["red", "blue"]))).as_py()
     assert items_as_of(tables, at(0.5)).num_rows == 0
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(0, 8)), max_size=12, unique=True),
+    st.integers(0, 8),
+    st.integers(0, 4),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_timeline_gives_what_the_join_gives_at_every_moment_of_its_stretch(
+    tmp_path_factory: pytest.TempPathFactory, known: list[tuple[str, int]], start: int, length: int
+) -> None:
+    rows = [
+        {"item_id": key, "event_timestamp": at(hour), "item_events_1h": number}
+        for number, (key, hour) in enumerate(known)
+    ]
+    tables = write_tables(tmp_path_factory.mktemp("timeline") / "tables", item_activity=rows)
+    timeline = Timeline(tables, "item_activity", start=at(start), end=at(start + length))
+    keys, hours = ["b", "a", None, "unknown", "c", "b"], [start, start + length / 2, start + length]
+    asked = spine(*((hour, None, key, None) for hour in hours for key in keys))
+    expected = asof_features(asked, table_source(tables, "item_activity"))
+    found = [timeline.rows_at(at(hour), pa.array(keys)) for hour in hours]
+    features = timeline.features.take(pa.chunked_array(found))
+    assert features.to_pylist() == expected.to_pylist()
+    assert features.schema.equals(expected.schema)
+
+
+def test_timeline_refuses_a_moment_that_it_does_not_hold(tmp_path: Path) -> None:
+    tables = write_tables(tmp_path / "tables")
+    timeline = Timeline(tables, "item_profile", start=at(1), end=at(2))
+    assert timeline.rows_at(at(2), pa.array(["a"])).to_pylist() == [None]
+    for hour in (0.9, 2.1):
+        with pytest.raises(ValueError, match="this timeline holds"):
+            timeline.rows_at(at(hour), pa.array(["a"]))
+
+
+def test_tables_that_are_not_asked_for_are_null_and_cost_no_column(tmp_path: Path) -> None:
+    tables = write_tables(
+        tmp_path / "tables",
+        user_activity=[{"user_id": "u", "event_timestamp": at(0), "user_events_1h": 3}],
+        item_activity=[{"item_id": "i", "event_timestamp": at(0), "item_events_1h": 5}],
+    )
+    asked = spine((1, "u", "i", None))
+    whole, users = join_features(asked, tables), join_features(asked, tables, only=["user_activity"])
+    assert users.schema.equals(whole.schema)
+    assert users["user_events_1h"].to_pylist() == whole["user_events_1h"].to_pylist() == [3]
+    assert (users["item_events_1h"].to_pylist(), whole["item_events_1h"].to_pylist()) == ([None], [5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from evergreen.models.deepfm import DeepFM, DeepFMConfig
 from evergreen.models.inputs import CategoricalInput, EncodedRows, InputSpec, ModelInputs, NumericInput
 from evergreen.training.checkpoint import Checkpoint
 from evergreen.training.config import TrainingConfig
+from evergreen.training.distributed import Workers
 from evergreen.training.fitting import Fit, fit_by_gradient, thin, torch_device
 from evergreen.training.task import Examples
 
@@ -92,7 +94,17 @@ def test_each_epoch_reads_every_row_once_in_an_order_of_its_own() -> None:
     first, second = model.rows(0, steps), model.rows(steps)
     assert sorted(first) == sorted(second) == list(range(600))
     assert first != second
-    assert [len(batch.numeric) for batch in model.batches[:steps]] == [64] * 9 + [24]
+    assert [len(batch.numeric) for batch in model.batches[:steps]] == [60] * 10  # at most 64
+
+
+def test_no_batch_is_a_left_over_row_which_batch_norm_could_not_read() -> None:
+    model = Recorder()
+    fit(model, config(batch_size=599, max_epochs=1))
+    assert [len(batch.numeric) for batch in model.batches] == [300, 300]
+    torch.manual_seed(0)
+    normalised = DeepFM(DeepFMConfig(embedding_dim=4, hidden=(8,), batch_norm=True), SPEC)
+    found = fit(normalised, config(batch_size=599))
+    assert found.best.validation_loss < found.curve[0].validation_loss
 
 
 def test_seed_decides_the_order_whatever_the_global_generator_says() -> None:
@@ -180,6 +192,25 @@ def test_plateau_shortens_the_steps() -> None:
         assert found.curve[-1].validation_loss <= found.curve[0].validation_loss + 1
         moved.append(float((model.deep[0].weight - before).abs().max()))
     assert moved[1] < moved[0]
+
+
+class Secluded(Workers):
+    """The first of two processes, which hears nothing of the other."""
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        pass
+
+    def sum_values(self, *values: float, device: torch.device) -> tuple[float, ...]:
+        return values
+
+
+def test_process_without_a_row_of_a_batch_adds_nothing_to_the_step() -> None:
+    """Of one row, two processes get none and one; a mean of no rows would be nan for both."""
+    model, before = deepfm(), deepfm()
+    found = fit(model, config(batch_size=1, max_epochs=1), num_rows=20, workers=Secluded(rank=0, count=2))
+    assert all(point.train_loss == 0 for point in found.curve[1:])
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("weighting", [{"negative_rate": 0.1}, {"positive_weight": 8.0}], ids=str)
@@ -320,7 +351,7 @@ def test_bfloat16_stays_near_float32() -> None:
     losses, near = ([point.validation_loss for point in curve] for curve in (exact.curve, found.curve))
     assert near != losses
     assert near == pytest.approx(losses, rel=0.01)
-    assert {value.dtype for value in rounded.state_dict().values()} == {torch.float32, torch.int64}
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.float32}
 
 
 def test_thin_spreads_rows_over_the_split() -> None:
