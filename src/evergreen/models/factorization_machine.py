@@ -57,11 +57,13 @@ class FactorizationMachine(RankingModel):
         rows = self.table.lookup(categorical)
         if self.spec.bags:
             rows = torch.cat([rows, self.table.pool(bags, exponent=self._exponent)], dim=1)
-        return rows[:, :, 0], rows[:, :, 1:]
+        weights, vectors = rows.split([1, rows.shape[2] - 1], dim=2)
+        return weights.squeeze(2), vectors.contiguous()
 
     def interactions(self, weights: Tensor, vectors: Tensor, numeric: Tensor) -> Tensor:
         """(N,) first and second order terms; the second in linear time (Rendle's lemma 3.1)."""
-        total, squares = vectors.sum(dim=1), vectors.square().sum(dim=(1, 2))
+        flat = vectors.flatten(1)
+        total, squares = vectors.sum(dim=1), torch.linalg.vecdot(flat, flat)
         if self.numeric_vectors is not None:
             limited = numeric.clamp(-_NUMERIC_LIMIT, _NUMERIC_LIMIT)
             total = total + limited @ self.numeric_vectors
