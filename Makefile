@@ -55,11 +55,15 @@ typecheck: setup  ## Check types, strictly
 BENCHMARK_CACHE ?= build/benchmarks
 
 .PHONY: benchmark
-benchmark: setup  ## Measure against FuxiCTR, Vowpal Wabbit and the truth; about an hour on an idle machine
+benchmark: setup  ## Measure against FuxiCTR, Vowpal Wabbit, the truth (DESKDROP=folder: the evaluation); about 90 minutes
 	$(RUN)python benchmarks/trainer.py --cache $(BENCHMARK_CACHE) --out benchmarks/trainer.md
 	$(RUN)python benchmarks/vowpal_wabbit.py --cache $(BENCHMARK_CACHE) --csv --out benchmarks/vowpal_wabbit.md
 	$(RUN)python benchmarks/position_bias.py --out benchmarks/position_bias.md
-	$(RUN)python benchmarks/truth.py --out benchmarks/truth.md
+	$(if $(DESKDROP),$(RUN)python benchmarks/evaluation.py --data $(DESKDROP) --out benchmarks/evaluation.md)
+	$(RUN)python benchmarks/simulator.py --out benchmarks/simulator.md
+	$(RUN)python benchmarks/truth.py --models dlrm --out benchmarks/truth.md
+	$(RUN)python benchmarks/truth.py --models dlrm --out benchmarks/truth_settled.md \
+	  --world '{"taste_half_life_days": 365, "segment_taste_share": 0.9}'
 
 .PHONY: quality
 quality: setup  ## Published settings on files that you give: FRAPPE=folder ML1M=file (benchmarks/quality/README.md)

@@ -78,7 +78,7 @@ class ModelEvaluation(JsonModel):
 
     name: str
     version: str | None = None
-    """The package's version; null for the base rate, which is no package."""
+    """The package's version; null for what is no package: the base rate, and recent popularity in rankings."""
     metrics: dict[str, Estimate]
     latency: Latency | None = None
     against_baseline: Difference | None = None

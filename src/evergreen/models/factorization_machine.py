@@ -57,7 +57,7 @@ class FactorizationMachine(RankingModel):
         rows = self.table.lookup(categorical)
         if self.spec.bags:
             rows = torch.cat([rows, self.table.pool(bags, exponent=self._exponent)], dim=1)
-        weights, vectors = rows.split([1, rows.shape[2] - 1], dim=2)
+        weights, vectors = torch.split(rows, [1, rows.shape[2] - 1], dim=2)
         return weights.squeeze(2), vectors.contiguous()
 
     def interactions(self, weights: Tensor, vectors: Tensor, numeric: Tensor) -> Tensor:

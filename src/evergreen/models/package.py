@@ -44,7 +44,7 @@ from evergreen.models.multi_task import OutcomeScale
 from evergreen.models.position import PositionEffects
 from evergreen.models.registry import build_model, model_config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class ModelInfo(JsonModel):

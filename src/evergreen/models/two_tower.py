@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from evergreen.contracts.errors import TrainingError
-from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import Side
 from evergreen.models.base import ModelConfig, RankingModel
 from evergreen.models.encoding import ITEM_FIELD
@@ -62,15 +61,13 @@ class TwoTower(RankingModel):
     """Score = bias + user vector . item vector. Features of both at once (`Side.PAIR`) are not read.
 
     Trained to tell which item a user chose, so scores order items well but are no log-odds before calibration; the bias
-    has no part in it and keeps the base rate.
+    has no part in it and keeps the base rate. Ratings are learned by squared error, as by all models.
 
     Raises:
         TrainingError: the user or the item has no feature, or the rows have no item_id.
     """
 
     Config: ClassVar[type[ModelConfig]] = TwoTowerConfig
-    kinds: ClassVar[frozenset[LogKind]] = frozenset({LogKind.IMPRESSIONS, LogKind.INTERACTIONS})
-    """A softmax over items says nothing of the height of a rating."""
 
     shared_rows: Tensor
     item_keys: Tensor

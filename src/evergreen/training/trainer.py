@@ -33,6 +33,7 @@ from evergreen.models.base import (
 from evergreen.models.calibration import Calibration, calibration_report, fit_isotonic, fit_platt
 from evergreen.models.encoding import ITEM_FIELD, Encoder, open_parquet
 from evergreen.models.inputs import EncodedRows
+from evergreen.models.layers import SharedTable, check_table_memory
 from evergreen.models.multi_task import OutcomeScale
 from evergreen.models.package import ModelInfo, ModelPackage, write_package
 from evergreen.models.position import UNKNOWN, PositionEffects, examination_weights
@@ -84,7 +85,7 @@ def train_model(
     """
     hyperparameters = model_config(config.model, config.hyperparameters)
     if warm_start is not None:
-        check_warm_start(warm_start, config.model, hyperparameters)
+        check_warm_start(warm_start, config.model, hyperparameters, config.encoder)
     labels = {split: _labels(training_set, split) for split in ("train", "validation")}
     with _torch_threads(config.num_threads):
         team = workers(torch_device(config))
@@ -297,6 +298,10 @@ def _fresh_model(
     """A model that answers with the base rate."""
     torch.manual_seed(config.seed)  # weights here, dropout later
     model = build_model(config.model, hyperparameters, encoder.spec)
+    # Beside each table: the best weights so far, and Adam's two moments.
+    copies = 3 if config.table_optimizer == "adam" else 1
+    for table in (module for module in model.modules() if isinstance(module, SharedTable)):
+        check_table_memory(*table.weight.shape, copies=copies)
     mean, std = float(labels.mean(dtype=np.float64)), float(labels.std(dtype=np.float64))
     if kind is LogKind.RATINGS:
         model.set_output(bias=mean, scale=std or 1.0)

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from evergreen.contracts.errors import TrainingError
 from evergreen.models.base import ModelConfig, RankingModel
+from evergreen.models.encoder_config import EncoderConfig
 from evergreen.models.encoding import Encoder
 from evergreen.models.layers import SharedTable
 from evergreen.models.package import ModelPackage
 from evergreen.models.warm_start import row_mapping, second_row_mapping
 
 
-def check_warm_start(champion: ModelPackage, name: str, hyperparameters: ModelConfig) -> None:
-    """Raise TrainingError unless a model of this name and these hyper-parameters can take the champion's weights."""
+def check_warm_start(
+    champion: ModelPackage, name: str, hyperparameters: ModelConfig, encoder: EncoderConfig | None = None
+) -> None:
+    """Raise TrainingError unless a model of this name and these settings can take the champion's weights."""
     if champion.info.name != name:
         raise TrainingError(
             f"warm start: {champion.path} is a {champion.info.name}, not a {name}: train a {champion.info.name}, or "
@@ -24,6 +27,11 @@ def check_warm_start(champion: ModelPackage, name: str, hyperparameters: ModelCo
     if different := {k for k, value in wanted.items() if champion.info.hyperparameters.get(k) != value}:
         text = ", ".join(f"{k}={champion.info.hyperparameters.get(k)} (asked: {wanted[k]})" for k in sorted(different))
         raise TrainingError(f"warm start: {champion.path} has {text}: take its hyper-parameters, or start afresh")
+    if encoder not in (None, EncoderConfig(), champion.encoder.config):
+        raise TrainingError(
+            f"warm start: {champion.path} encodes its features otherwise than `encoder` asks: leave `encoder` out "
+            "(the champion's is extended), or start afresh"
+        )
 
 
 def take_weights(model: RankingModel, encoder: Encoder, champion: ModelPackage) -> None:

@@ -10,26 +10,11 @@ import pytest
 import torch
 
 from evergreen.contracts.errors import TrainingError
-from evergreen.contracts.training_set import ColumnKind, Side
 from evergreen.models import layers
 from evergreen.models.factorization_machine import FactorizationMachine, FactorizationMachineConfig
-from evergreen.models.inputs import PAD, BagInput, CategoricalInput, InputSpec, NumericInput
+from evergreen.models.inputs import PAD
 from evergreen.models.layers import FirstOrder, SharedTable
-
-SPEC = InputSpec(
-    categorical=(
-        CategoricalInput(name="a", side=Side.USER, start=1, num_rows=5),
-        CategoricalInput(name="b", side=Side.ITEM, start=6, num_rows=4),
-    ),
-    numeric=(
-        NumericInput(name="x", side=Side.USER, missing=2, zero=0.0, boundaries=(-0.5, 0.5)),
-        NumericInput(name="y", side=Side.ITEM, missing=None, zero=0.0, boundaries=(0.0,)),
-    ),
-    num_indicators=1,
-    bags=(BagInput(name="h", side=Side.USER, kind=ColumnKind.SEQUENCE, width=3),),
-    num_embeddings=10,
-    untrained_rows=(0, 1, 2, 6, 7),
-)
+from tests.unit.models.small_spec import SPEC
 
 
 def test_factorization_machine_is_the_sum_over_all_pairs() -> None:

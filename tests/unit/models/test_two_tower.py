@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from evergreen.contracts.errors import TrainingError
-from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import ColumnKind, Side
 from evergreen.models.base import OwnLoss
 from evergreen.models.export import export_program
@@ -294,10 +293,6 @@ def test_exported_program_scores_alike_for_any_number_of_rows(tmp_path: Path) ->
 def test_log_without_a_side_is_refused(lacking: dict[str, object], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         new_model(SPEC.model_copy(update=lacking))
-
-
-def test_ratings_are_not_among_the_logs_that_it_learns_from() -> None:
-    assert TwoTower.kinds == set(LogKind) - {LogKind.RATINGS}
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"id_dropout": 1.0}, {"output_dim": 0}, {"widths": [3]}])

@@ -110,6 +110,13 @@ def test_same_model_with_the_same_hyperparameters_is_let_pass() -> None:
     check_warm_start(champion_of(EncoderConfig()), "deepfm", model_config("deepfm", SETTINGS))
 
 
+def test_other_encoding_is_refused_rather_than_passed_over() -> None:
+    champion, settings = champion_of(EncoderConfig()), model_config("deepfm", SETTINGS)
+    with pytest.raises(TrainingError, match=r"encodes its features otherwise .* leave `encoder` out"):
+        check_warm_start(champion, "deepfm", settings, EncoderConfig(oov_buckets=5))
+    check_warm_start(champion_of(EncoderConfig(oov_buckets=5)), "deepfm", settings, EncoderConfig(oov_buckets=5))
+
+
 def test_another_model_is_refused_with_the_way_out() -> None:
     with pytest.raises(TrainingError, match=r"champion is a deepfm, not a dlrm: train a deepfm, or start afresh"):
         check_warm_start(champion_of(EncoderConfig()), "dlrm", model_config("dlrm", {}))
