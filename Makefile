@@ -22,7 +22,7 @@ setup: .venv/.ready  ## Install uv (by pip, if missing) and the locked environme
 .venv/.ready: uv.lock pyproject.toml
 	@command -v uv >/dev/null 2>&1 || $(PYTHON) -m uv --version >/dev/null 2>&1 || \
 	  { echo "installing uv by pip"; $(PIP_INSTALL) uv || $(PIP_INSTALL) --user --break-system-packages uv; }
-	@echo "installing the locked environment into .venv (6.8 GB, most of it torch's CUDA build; 1 to 5 minutes)"
+	@echo "installing the locked environment into .venv (7.5 GB, most of it torch's CUDA build; 1 to 5 minutes)"
 	@$$(command -v uv || echo "$(PYTHON) -m uv") sync --frozen --compile-bytecode $(if $(CI),--quiet)
 	@touch $@
 

@@ -130,9 +130,12 @@ class _Run:
     def fit(self) -> Fit:
         """Train from the start or from the checkpoint."""
         state = self._checkpoint.load() if self._checkpoint is not None else None
+        best: dict[str, Tensor] = {}
         if state is None:
             curve = [self._point(0, train_loss=None)]
-            done, waited, factor, best = 0, 0, 1.0, self._weights()
+            done, waited, factor = 0, 0, 1.0
+            if self._first_candidate == 0:
+                self._keep_weights(best)
         else:
             progress, tensors = state
             self._task.load_state_dict(_group(tensors, "weights"))
@@ -169,7 +172,8 @@ class _Run:
                 factor *= self._config.plateau_factor
                 self._optimizers.scale_learning_rates(factor)
             if value < best_value:
-                best_value, best = value, self._weights()
+                best_value = value
+                self._keep_weights(best)
             self._save(
                 Progress(run="", step=step, learning_rate_factor=factor, waited=waited, curve=tuple(curve)), best
             )
@@ -264,8 +268,13 @@ class _Run:
         with torch.no_grad():
             self._task.model.bias.add_(shift)
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self._task.state_dict().items()}
+    def _keep_weights(self, best: dict[str, Tensor]) -> None:
+        """Copy the weights of now; over the ones kept before, because new memory costs more than the copy."""
+        for name, value in self._task.state_dict().items():
+            if name in best:
+                best[name].copy_(value)
+            else:
+                best[name] = value.detach().clone()
 
     def _save(self, progress: Progress, best: dict[str, Tensor]) -> None:
         if self._checkpoint is None or not self._workers.is_first:
