@@ -11,6 +11,7 @@ def summarize_run(
     training_set: dsl.Input[dsl.Dataset],
     evaluation: dsl.Input[dsl.Artifact],
     ingest_usage: dict,
+    filter_usage: dict,
     feature_tables_usage: dict,
     training_set_usage: dict,
     training_usages: list,
@@ -26,6 +27,7 @@ def summarize_run(
         training_set: the three splits.
         evaluation: metrics of all models and the choice.
         ingest_usage: time and memory of `ingest_log`.
+        filter_usage: of `filter_events`.
         feature_tables_usage: of `build_feature_tables`.
         training_set_usage: of `build_training_set`.
         training_usages: of `train_model`, for each model.
@@ -49,6 +51,7 @@ def summarize_run(
             Evaluation.load(Path(evaluation.path)),
             [
                 ingest_usage,
+                filter_usage,
                 feature_tables_usage,
                 training_set_usage,
                 *training_usages,

@@ -2,7 +2,7 @@
 
 from feast import FeatureService
 from on_demand import request_context
-from views import item_activity, item_profile, user_activity, user_category_activity, user_profile
+from views import item_activity, item_profile, user_activity, user_category_activity, user_profile, user_recent
 
 ranker_v1 = FeatureService(
     name="ranker_v1",
@@ -19,4 +19,10 @@ retrieval_v1 = FeatureService(
         item_profile,
     ],
     description="What candidates are found with: the user's history, and how items do of late.",
+)
+
+recent_v1 = FeatureService(
+    name="recent_v1",
+    features=[user_recent],
+    description="What the user did in the last minutes, as the stream knows it.",
 )

@@ -16,8 +16,9 @@ item_activity_table = _table("item_activity")
 user_category_activity_table = _table("user_category_activity")
 user_profile_table = _table("user_profile")
 item_profile_table = _table("item_profile")
+user_recent_table = _table("user_recent")
 
-# A stream of clicks can push fresher rows of user_activity between two materializations.
-clicks = PushSource(name="clicks", batch_source=user_activity_table)
+# `evergreen stream` pushes what users did in the last minutes.
+recent_clicks = PushSource(name="recent_clicks", batch_source=user_recent_table)
 
 request = RequestSource(name="request", schema=[Field(name="request_timestamp", dtype=UnixTimestamp)])

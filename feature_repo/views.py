@@ -9,14 +9,15 @@ from entities import category, item, user
 from feast import FeatureView, Field
 from feast.types import Array, FeastType, Float64, Int64, String, UnixTimestamp
 from sources import (
-    clicks,
     item_activity_table,
     item_profile_table,
+    recent_clicks,
+    user_activity_table,
     user_category_activity_table,
     user_profile_table,
 )
 
-from evergreen.contracts.feature_tables import JOIN_KEYS, WINDOWS_HOURS
+from evergreen.contracts.feature_tables import JOIN_KEYS, RECENT_WINDOWS_MINUTES, WINDOWS_HOURS
 
 # The tables are sparse in time: a row holds until the next one of its key, however long that takes. A ttl would turn
 # the features of everybody who was quiet for longer into nulls.
@@ -58,7 +59,7 @@ user_activity = FeatureView(
         Field(name="user_last_positive_timestamp", dtype=UnixTimestamp),
         Field(name="user_history", dtype=Array(String), description="Last items chosen, oldest first."),
     ],
-    source=clicks,
+    source=user_activity_table,
 )
 
 item_activity = FeatureView(
@@ -91,4 +92,19 @@ item_profile = FeatureView(
     ttl=UNTIL_NEXT_ROW,
     schema=attributes("item_profile"),
     source=item_profile_table,
+)
+
+user_recent = FeatureView(
+    name="user_recent",
+    entities=[user],
+    ttl=UNTIL_NEXT_ROW,
+    schema=[
+        *(
+            Field(name=f"user_recent_{what}_{w}", dtype=Int64)
+            for what in ("events", "positives")
+            for w in RECENT_WINDOWS_MINUTES
+        ),
+        Field(name="user_recent_items", dtype=Array(String), description="Last items chosen, oldest first."),
+    ],
+    source=recent_clicks,
 )

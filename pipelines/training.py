@@ -7,6 +7,7 @@ from kfp import dsl
 from components.build_feature_tables import build_feature_tables
 from components.build_training_set import build_training_set
 from components.evaluate_models import evaluate_models
+from components.filter_events import filter_events
 from components.ingest_log import ingest_log
 from components.materialize_features import materialize_features
 from components.report_drift import report_drift
@@ -24,6 +25,7 @@ class TrainingOutputs(NamedTuple):
     feature_store: dsl.Artifact
     report: dsl.HTML
     drift_report: dsl.HTML
+    filter_report: dsl.HTML
     summary: dsl.Artifact
 
 
@@ -36,6 +38,7 @@ def training_pipeline(
     latency_budget_ms: float = 50.0,
     seed: int = 0,
     check_leakage: bool = True,
+    false_positive_share: float = 0.005,
 ) -> TrainingOutputs:
     """Train all models on a log up to `as_of` and choose the champion.
 
@@ -47,9 +50,11 @@ def training_pipeline(
         latency_budget_ms: p99 milliseconds that scoring 500 candidates may take.
         seed: of everything drawn at random.
         check_leakage: prove on this log that no feature knows its future; half of the feature building again.
+        false_positive_share: share of people whom the filter of events may take for bots; 0: only what rules catch.
     """
     ingested = ingest_log(mapping=mapping, data=data, as_of=as_of)
-    snapshot = ingested.outputs["snapshot"]
+    filtered = filter_events(snapshot=ingested.outputs["snapshot"], false_positive_share=false_positive_share)
+    snapshot = filtered.outputs["filtered"]
     features = build_feature_tables(snapshot=snapshot, check_leakage=check_leakage)
     tables = features.outputs["feature_tables"]
     built = build_training_set(snapshot=snapshot, feature_tables=tables, seed=seed)
@@ -71,6 +76,7 @@ def training_pipeline(
         training_set=rows,
         evaluation=evaluated.outputs["evaluation"],
         ingest_usage=ingested.outputs["usage"],
+        filter_usage=filtered.outputs["usage"],
         feature_tables_usage=features.outputs["usage"],
         training_set_usage=built.outputs["usage"],
         training_usages=dsl.Collected(trained.outputs["usage"]),
@@ -83,5 +89,6 @@ def training_pipeline(
         feature_store=materialized.outputs["feature_store"],
         report=evaluated.outputs["report"],
         drift_report=drift.outputs["report"],
+        filter_report=filtered.outputs["report"],
         summary=summarized.outputs["summary"],
     )

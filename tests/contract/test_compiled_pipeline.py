@@ -37,7 +37,7 @@ def test_spec_parses_as_what_a_server_takes(compiled: str) -> None:
     assert spec.pipeline_info.name == "evergreen-training"
     assert spec.schema_version == "2.1.0"
     assert spec.sdk_version == "kfp-2.17.0"
-    assert {"champion", "feature_store", "report", "drift_report", "summary"} <= set(
+    assert {"champion", "feature_store", "report", "drift_report", "filter_report", "summary"} <= set(
         spec.root.output_definitions.artifacts
     )
 

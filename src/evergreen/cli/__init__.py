@@ -1,4 +1,4 @@
-"""The command line: `evergreen run | train | compile | simulate | serve | recommend`.
+"""The command line: `evergreen run`, and a command for each of its parts.
 
 The outermost layer: it alone may import pipelines. Each command lives in a module of its own and is imported when it is
 called, because kfp, torch and feast take seconds to import.
@@ -15,6 +15,9 @@ from evergreen.contracts.errors import EvergreenError
 
 _COMMANDS = {
     "run": "evergreen.cli.run:run",
+    "filter": "evergreen.cli.filter:filter_command",
+    "features": "evergreen.cli.features:features",
+    "stream": "evergreen.cli.stream:stream",
     "train": "evergreen.cli.train:train",
     "compile": "evergreen.cli.compile:compile_pipelines",
     "simulate": "evergreen.cli.simulate:simulate",

@@ -46,8 +46,8 @@ def run(
 ) -> None:
     """Go from a click log to a served recommendation.
 
-    Runs the same pipeline as a cluster does, by kfp.local. OUT gets summary.json, report.html, drift.html, the
-    champion's package (model/), its features (feature_store/) and every artifact (pipeline/).
+    Runs the same pipeline as a cluster does, by kfp.local. OUT gets summary.json, report.html, drift.html,
+    suspicious.html, the champion's package (model/), its features (feature_store/) and every artifact (pipeline/).
     """
     start = time.perf_counter()
     mapping = Mapping.load(mapping_reference)
@@ -119,6 +119,7 @@ def _collect(outputs: dict[str, Any], out: Path, *, wall_seconds: float) -> dict
     shutil.copytree(outputs["feature_store"].path, out / "feature_store")
     shutil.copyfile(outputs["report"].path, out / "report.html")
     shutil.copyfile(outputs["drift_report"].path, out / "drift.html")
+    shutil.copyfile(outputs["filter_report"].path, out / "suspicious.html")
     summary: dict[str, Any] = json.loads(Path(outputs["summary"].path).read_bytes())
     compute = sum(step["compute_seconds"] for step in summary["steps"])
     summary["pipeline"] = {"wall_seconds": round(wall_seconds, 1), "compute_seconds": round(compute, 1)}

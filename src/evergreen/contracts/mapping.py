@@ -23,10 +23,11 @@ from evergreen.contracts.errors import MappingError
 IDENTIFIER = re.compile(r"^[a-z][a-z0-9_]{0,62}$")
 RESERVED_NAMES = re.compile(
     # the event schema and the rows of a training set
-    r"event_id|event_timestamp|request_id|user_id|item_id|row_id|category|position|clicked|rating|dwell_seconds"
-    r"|propensity|label|date|hour|weekday|request_timestamp"
+    r"event_id|event_timestamp|click_timestamp|request_id|user_id|item_id|row_id|category|position|clicked|rating"
+    r"|dwell_seconds|propensity|label|date|hour|weekday|request_timestamp"
     # the features that Evergreen computes
     r"|(user|item|user_category)_(events|positives|rate)_\w+|(user|item)_(first_seen|last_\w+)|user_history|item_category"
+    r"|user_recent_\w+"
     r"|(user|user_positive|item)_recency_seconds|(user|item)_age_seconds"
 )
 
@@ -167,6 +168,9 @@ class Columns(_Frozen):
     position: str | None = None
     propensity: str | None = None
     dwell_seconds: str | None = None
+    click_timestamp: str | None = None
+    """Impressions only: when it was clicked, written like the event's timestamp; absent where it was not. Without it,
+    a click counts as known when the attribution window has passed."""
 
 
 class FeatureColumn(_Frozen):
@@ -236,6 +240,13 @@ class Mapping(_Frozen):
             raise ValueError(
                 'kind = "interactions" needs columns.user_id and columns.item_id: negatives are other items'
             )
+        if self.columns.click_timestamp is not None:
+            if self.kind is not LogKind.IMPRESSIONS:
+                raise ValueError(
+                    'columns.click_timestamp goes with kind = "impressions": elsewhere the event is the click'
+                )
+            if self.timestamp.column is None:
+                raise ValueError("columns.click_timestamp needs timestamp.column: row numbers and times do not compare")
         names = [name for role in Role for name in self.features(role)]
         for name in names:
             if not IDENTIFIER.match(name):
@@ -245,8 +256,7 @@ class Mapping(_Frozen):
             if RESERVED_NAMES.fullmatch(name):
                 raise ValueError(f"feature {name!r}: Evergreen itself uses this name, choose another")
         targets = {source.column for source in (self.label, self.rating) if source is not None}
-        if self.columns.dwell_seconds is not None:
-            targets.add(self.columns.dwell_seconds)
+        targets |= {c for c in (self.columns.dwell_seconds, self.columns.click_timestamp) if c is not None}
         for name, feature in self.all_features.items():
             if feature.column in targets:
                 raise ValueError(

@@ -20,7 +20,10 @@ from evergreen.contracts.artifact import JsonModel, canonical_json, sha256_file
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.mapping import FeatureType, LogKind, Mapping
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: `click_timestamp`. Snapshots of version 1 are read as well; they lack that column."""
+
+_READABLE_VERSIONS = (1, SCHEMA_VERSION)
 TIMESTAMP_TYPE = pa.timestamp("us", tz="UTC")  # microseconds: Spark cannot read nanoseconds
 
 EVENT_FIELDS = (
@@ -32,6 +35,7 @@ EVENT_FIELDS = (
     pa.field("category", pa.string()),
     pa.field("position", pa.int32()),
     pa.field("clicked", pa.bool_()),
+    pa.field("click_timestamp", TIMESTAMP_TYPE),
     pa.field("rating", pa.float32()),
     pa.field("dwell_seconds", pa.float32()),
     pa.field("propensity", pa.float32()),
@@ -108,7 +112,7 @@ class Snapshot:
         """
         path = Path(path)
         manifest = SnapshotManifest.read(path / cls.MANIFEST)
-        if manifest.schema_version != SCHEMA_VERSION:
+        if manifest.schema_version not in _READABLE_VERSIONS:
             raise ArtifactError(
                 f"{path}: schema version {manifest.schema_version}, this Evergreen reads {SCHEMA_VERSION}: ingest again"
             )

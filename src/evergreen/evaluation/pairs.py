@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
+from evergreen.contracts.feature_tables import JOIN_KEYS, RANKER_TABLES, FeatureTables
 from evergreen.contracts.mapping import Mapping as LogMapping
 from evergreen.contracts.mapping import Role
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
@@ -25,9 +25,9 @@ from evergreen.evaluation.queries import Query
 from evergreen.features.point_in_time import EVENT_TIMESTAMP, Timeline, asof_features, join_features, table_source
 from evergreen.features.request import ELAPSED_FEATURES, request_features
 
-_USER_TABLES = tuple(name for name, keys in JOIN_KEYS.items() if keys == ("user_id",))
-_ITEM_TABLES = tuple(name for name, keys in JOIN_KEYS.items() if keys == ("item_id",))
-_PAIR_TABLES = tuple(name for name in JOIN_KEYS if name not in (*_USER_TABLES, *_ITEM_TABLES))
+_USER_TABLES = tuple(name for name in RANKER_TABLES if JOIN_KEYS[name] == ("user_id",))
+_ITEM_TABLES = tuple(name for name in RANKER_TABLES if JOIN_KEYS[name] == ("item_id",))
+_PAIR_TABLES = tuple(name for name in RANKER_TABLES if name not in (*_USER_TABLES, *_ITEM_TABLES))
 
 
 @dataclass(frozen=True)

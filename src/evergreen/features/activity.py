@@ -92,13 +92,19 @@ def _shifts(lag: int) -> ir.Table:
     return ibis.memtable(columns, schema=dict.fromkeys(columns, "int64"))
 
 
-def _deltas(hourly: ir.Table, *, lag: int, last_hour: int) -> ir.Table:
-    """Each hour's sums at every time T at which they enter or leave a window, beside the signs of `_shifts`."""
+def _deltas(hourly: ir.Table, *, lag: int, last_hour: int, first_hour: int | None) -> ir.Table:
+    """Each hour's sums at every time T at which they enter or leave a window, beside the signs of `_shifts`.
+
+    All that happened before `first_hour` is put into the hour before it: one row a key carries a whole history.
+    """
     deltas = hourly.cross_join(_shifts(lag)).mutate(T=lambda t: t.hour + 1 + t.shift)
-    return deltas.filter(deltas["T"] <= last_hour)
+    deltas = deltas.filter(deltas["T"] <= last_hour)
+    return deltas if first_hour is None else deltas.mutate(T=ibis.greatest(deltas["T"], first_hour - 1))
 
 
-def _running_values(events: ir.Table, keys: Sequence[str], *, kind: LogKind, lag: int, last_hour: int) -> ir.Table:
+def _running_values(
+    events: ir.Table, keys: Sequence[str], *, kind: LogKind, lag: int, last_hour: int, first_hour: int | None
+) -> ir.Table:
     """What each window holds from T on: the running sums of the deltas, a row for each key and T.
 
     Columns: the keys, T, {measure}_{w} for `events` and each column that `_LABEL_SUMS` names, last_event,
@@ -114,7 +120,7 @@ def _running_values(events: ir.Table, keys: Sequence[str], *, kind: LogKind, lag
         last_event=events.event_timestamp.max(),
         last_positive=events.event_timestamp.max(where=events.positives == 1),
     )
-    deltas = _deltas(hourly, lag=lag, last_hour=last_hour)
+    deltas = _deltas(hourly, lag=lag, last_hour=last_hour, first_hour=first_hour)
     clocks = {"events": "event"} | dict.fromkeys(_LABEL_SUMS[kind].values(), "label")
     changes = deltas.group_by([*keys, "T"]).agg(
         **{
@@ -129,15 +135,18 @@ def _running_values(events: ir.Table, keys: Sequence[str], *, kind: LogKind, lag
     latest = ("last_event", "last_positive")
     summed = [column for column in changes.columns if column not in (*keys, "T", *latest)]
     so_far = ibis.cumulative_window(group_by=keys, order_by="T")
-    return changes.select(
+    values = changes.select(
         *keys,
         "T",
         **{column: _whole(changes[column].sum().over(so_far)) for column in summed},
         **{column: changes[column].max().over(so_far) for column in latest},
     )
+    return values if first_hour is None else values.filter(values["T"] >= first_hour)
 
 
-def global_prior(events: ir.Table, *, kind: LogKind, lag: int, last_hour: int) -> ir.Table:
+def global_prior(
+    events: ir.Table, *, kind: LogKind, lag: int, last_hour: int, first_hour: int | None = None
+) -> ir.Table:
     """Mean label of all events matured by each hour that a row of an activity table can have.
 
     Args:
@@ -145,6 +154,7 @@ def global_prior(events: ir.Table, *, kind: LogKind, lag: int, last_hour: int) -
         kind: of the log.
         lag: hours until a label has matured.
         last_hour: rows go no further.
+        first_hour: rows before it are of no interest; but for one with all that was known by then, there is none.
 
     Returns:
         T (int64, hours since 1970), prior (float64, null while no label has matured). One row a T.
@@ -152,7 +162,7 @@ def global_prior(events: ir.Table, *, kind: LogKind, lag: int, last_hour: int) -
     hourly = events.group_by("hour").agg(
         labels=_whole(events.labels.sum()), label_units=_whole(events.label_units.sum())
     )
-    deltas = _deltas(hourly, lag=lag, last_hour=last_hour)
+    deltas = _deltas(hourly, lag=lag, last_hour=last_hour, first_hour=first_hour)
     known = deltas.group_by("T").agg(
         labels=_whole((deltas.labels * deltas.label_seen).sum()),
         label_units=_whole((deltas.label_units * deltas.label_seen).sum()),
@@ -166,7 +176,15 @@ def global_prior(events: ir.Table, *, kind: LogKind, lag: int, last_hour: int) -
 
 
 def activity(
-    events: ir.Table, prior: ir.Table, keys: Sequence[str], prefix: str, *, kind: LogKind, lag: int, last_hour: int
+    events: ir.Table,
+    prior: ir.Table,
+    keys: Sequence[str],
+    prefix: str,
+    *,
+    kind: LogKind,
+    lag: int,
+    last_hour: int,
+    first_hour: int | None = None,
 ) -> ir.Table:
     """Counts and smoothed rates per key on the hourly grid.
 
@@ -181,13 +199,14 @@ def activity(
         kind: of the log.
         lag: hours until a label has matured.
         last_hour: rows go no further.
+        first_hour: rows start here, with all that was known by then. Default: at the first event.
 
     Returns:
         The keys, T (int64, hours since 1970), {prefix}_events_{w}, {prefix}_positives_{w} (int64), {prefix}_rate_{w}
         (float64), {prefix}_last_event_timestamp, {prefix}_last_positive_timestamp, and history_end (int64): how many
         positive events with an item are known.
     """
-    values = _running_values(events, keys, kind=kind, lag=lag, last_hour=last_hour)
+    values = _running_values(events, keys, kind=kind, lag=lag, last_hour=last_hour, first_hour=first_hour)
     values = values.join(prior, "T", how="left")
     sums, unit, strength = _LABEL_SUMS[kind], label_unit(kind), SMOOTHING_STRENGTH
     rates = {}

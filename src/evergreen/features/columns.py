@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from evergreen.contracts.feature_tables import JOIN_KEYS
+from evergreen.contracts.feature_tables import JOIN_KEYS, RANKER_TABLES
 from evergreen.contracts.mapping import FeatureType, Mapping, Role
 from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
 from evergreen.features.request import CALENDAR_FEATURES, REQUEST_SCHEMA
-from evergreen.features.schema import feature_table_schemas
+from evergreen.features.schema import feature_table_schema
 
 _TABLE_ORIGINS = {
     "user_activity": FeatureOrigin.USER,
@@ -40,8 +40,8 @@ def feature_columns(mapping: Mapping) -> tuple[Feature, ...]:
         Feature(name="user_id", kind=ColumnKind.CATEGORICAL, origin=FeatureOrigin.USER),
         Feature(name="item_id", kind=ColumnKind.CATEGORICAL, origin=FeatureOrigin.ITEM),
     ]
-    for name, schema in feature_table_schemas(mapping).items():
-        for field in schema:
+    for name in RANKER_TABLES:
+        for field in feature_table_schema(name, mapping):
             if field.name in JOIN_KEYS[name] or pa.types.is_timestamp(field.type):
                 continue
             features.append(Feature(name=field.name, kind=_kind(field, mapping), origin=_TABLE_ORIGINS[name]))

@@ -9,8 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 
 from evergreen.contracts.errors import LeakageError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
@@ -72,15 +71,18 @@ def check_point_in_time(
     with tempfile.TemporaryDirectory() as scratch:
         past = build(past_of(snapshot, cut=cut), Path(scratch) / "past")
         for name, keys in JOIN_KEYS.items():
-            whole, alone = (_until(t.table(name), cut) for t in (tables, past))
+            whole, alone = (_until(t.table(name), keys, cut) for t in (tables, past))
             if not whole.equals(alone):
                 raise LeakageError(_difference(name, keys, whole, alone, cut))
     logger.info("point in time: values up to %s do not depend on later events", cut.date())
 
 
-def _until(path: Path, cut: datetime) -> pa.Table:
-    table = pq.read_table(path).combine_chunks()
-    return table.filter(pc.less_equal(table["event_timestamp"], pa.scalar(cut, table["event_timestamp"].type)))
+def _until(path: Path, keys: tuple[str, ...], cut: datetime) -> pa.Table:
+    """Rows of a table until `cut`, by key and time, as they are in a file; those of a folder are by date first."""
+    rows = ds.dataset(path, format="parquet").to_table(filter=ds.field("event_timestamp") <= cut)
+    if path.is_dir():
+        rows = rows.sort_by([(name, "ascending") for name in (*keys, "event_timestamp")])
+    return rows.combine_chunks()
 
 
 def _difference(name: str, keys: tuple[str, ...], whole: pa.Table, alone: pa.Table, cut: datetime) -> str:

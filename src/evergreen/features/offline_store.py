@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from feast.data_format import ParquetFormat
 from feast.data_source import DataSource
-from feast.feature_view import FeatureView
+from feast.errors import FeastEntityDFMissingColumnsError
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
 from feast.infra.offline_stores.duckdb import DuckDBOfflineStore, DuckDBOfflineStoreConfig, _write_data_source
 from feast.infra.offline_stores.file_source import FileSource
 from feast.infra.offline_stores.ibis import IbisRetrievalJob
@@ -55,6 +56,7 @@ class AsofOfflineStore(DuckDBOfflineStore):  # type: ignore[misc]
         project: str,
         full_feature_names: bool = False,
         filter_by_created_timestamp: bool = False,
+        **dates: datetime | None,
     ) -> RetrievalJob:
         """Features of every entity row as known at its time; see `OfflineStore.get_historical_features`.
 
@@ -68,7 +70,15 @@ class AsofOfflineStore(DuckDBOfflineStore):  # type: ignore[misc]
             full_feature_names: prefix features with their view's name.
             filter_by_created_timestamp: also demand that a row was created by then. That is a second inequality,
                 which no ASOF join takes; the parent's join does it.
+            dates: start_date and end_date, which Feast gives when there are no entity rows.
+
+        Raises:
+            FeastEntityDFMissingColumnsError: the entity rows lack a key.
+            ArtifactError: a file lacks a column, or has a key of another type.
+            ValueError: no entity rows, or they have a column that is called as a feature.
         """
+        if entity_df is None or dates:
+            raise ValueError(f"{' and '.join(dates)}: this offline store joins entity rows: give entity_df instead")
         local = [_at_repository(view, config) for view in feature_views]
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
         if (
@@ -92,6 +102,7 @@ class AsofOfflineStore(DuckDBOfflineStore):  # type: ignore[misc]
         )
         spine = spine.set_column(spine.schema.get_field_index(timestamp), timestamp, _as_utc(spine[timestamp]))
         sources = [_asof_source(view, feature_refs, full_feature_names) for view in local]
+        _check_entity_rows(spine, sources, timestamp)
         bounds = pc.min_max(spine[timestamp])
 
         def joined() -> pa.Table:
@@ -131,7 +142,7 @@ class AsofOfflineStore(DuckDBOfflineStore):  # type: ignore[misc]
         columns = [*join_key_columns, *feature_name_columns, timestamp_field]
         if created_timestamp_column:
             columns.append(created_timestamp_column)
-        if not join_key_columns or not _is_local_parquet(source):
+        if not _is_local_parquet(source):
             return DuckDBOfflineStore.pull_latest_from_table_or_query(
                 config,
                 source,
@@ -142,8 +153,9 @@ class AsofOfflineStore(DuckDBOfflineStore):  # type: ignore[misc]
                 start_date,
                 end_date,
             )
-        return AsofRetrievalJob(
-            lambda: latest_rows(
+
+        def latest() -> pa.Table:
+            rows = latest_rows(
                 source.path,
                 keys=join_key_columns,
                 columns=columns,
@@ -151,16 +163,23 @@ class AsofOfflineStore(DuckDBOfflineStore):  # type: ignore[misc]
                 end=end_date.astimezone(UTC),
                 timestamp=timestamp_field,
                 created=created_timestamp_column or None,
-            ),
-            config=config,
-        )
+            )
+            if not join_key_columns:  # a view without entities: Feast stores it under a key of its own
+                rows = rows.append_column(DUMMY_ENTITY_ID, pa.array([DUMMY_ENTITY_VAL] * rows.num_rows, pa.string()))
+            return rows
+
+        return AsofRetrievalJob(latest, config=config)
 
     @staticmethod
     def pull_all_from_table_or_query(
-        config: RepoConfig, data_source: DataSource, *args: Any, **kwargs: Any
+        config: RepoConfig, data_source: DataSource, join_key_columns: list[str], *args: Any, **kwargs: Any
     ) -> RetrievalJob:
         """All rows of a time range."""
-        return DuckDBOfflineStore.pull_all_from_table_or_query(config, _absolute(data_source, config), *args, **kwargs)
+        source = _absolute(data_source, config)
+        job = DuckDBOfflineStore.pull_all_from_table_or_query(config, source, join_key_columns, *args, **kwargs)
+        if not join_key_columns:
+            job.table = job.table.mutate(**{DUMMY_ENTITY_ID: ibis.literal(DUMMY_ENTITY_VAL)})
+        return job
 
     @staticmethod
     def offline_write_batch(
@@ -197,8 +216,8 @@ class AsofRetrievalJob(IbisRetrievalJob):  # type: ignore[misc]
 
     @property
     def table(self) -> ibis.Table:
-        """The result as an Ibis table, for what the parent does with one."""
-        return ibis.memtable(self._to_arrow_internal())
+        """The result as an Ibis table, on-demand features included, for what the parent does with one: save it."""
+        return ibis.memtable(self.to_arrow())
 
     @table.setter
     def table(self, value: None) -> None:
@@ -247,7 +266,8 @@ def _asof_source(view: FeatureView, feature_refs: list[str], full_feature_names:
     prefix = f"{view.projection.name_to_use()}:"
     features = [ref.removeprefix(prefix) for ref in feature_refs if ref.startswith(prefix)]
     base_name = view.projection.name_alias or view.name
-    join_keys = view.projection.join_key_map or {column.name: column.name for column in view.entity_columns}
+    alias = view.projection.join_key_map  # of some keys or all
+    join_keys = {column.name: alias.get(column.name, column.name) for column in view.entity_columns}
     return AsofSource(
         path=source.path,
         keys={in_file.get(key, key): spine_key for key, spine_key in join_keys.items()},
@@ -261,6 +281,18 @@ def _asof_source(view: FeatureView, feature_refs: list[str], full_feature_names:
     )
 
 
+def _check_entity_rows(spine: pa.Table, sources: list[AsofSource], timestamp: str) -> None:
+    """Raise unless the entity rows have every key, and no column that a feature will be called."""
+    keys = {key for source in sources for key in source.keys.values()}
+    if missing := keys - set(spine.column_names):
+        raise FeastEntityDFMissingColumnsError({*keys, timestamp}, missing)
+    if taken := [name for source in sources for name in source.features if name in spine.column_names]:
+        raise ValueError(
+            f"the entity rows already have a column {taken[0]!r}, the name of a feature: rename it, or ask for "
+            "full_feature_names"
+        )
+
+
 def _entity_table(entity_df: pd.DataFrame | str) -> pa.Table:
     if isinstance(entity_df, str):
         with connection() as db:
@@ -270,9 +302,9 @@ def _entity_table(entity_df: pd.DataFrame | str) -> pa.Table:
 
 
 def _as_utc(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text, or times with or without a zone, as UTC; without one they are UTC already."""
+    """ISO 8601 text, or times with or without a zone, as UTC; without one they are UTC already."""
     if not pa.types.is_timestamp(column.type):
-        times = pd.to_datetime(column.to_pandas(), utc=True)
+        times = pd.to_datetime(column.to_pandas(), utc=True, format="ISO8601")
         column = pa.chunked_array([pa.Array.from_pandas(times)])
     return column.cast(pa.timestamp("us", tz="UTC"), safe=False)
 

@@ -2,7 +2,7 @@
 
 Feast's own joins pair each row with every earlier feature row of its key and then de-duplicate; with hundreds of
 change points a key that explodes. An ASOF join sorts both sides once. It runs here on keys and times alone and finds
-where in the Parquet files the matching row lies; the wide values are read in a second pass, for matched rows only.
+where in the Parquet files the matching row lies; the wide values are read after it, for matched rows only.
 
 A feature row counts as known from its own event_timestamp on (`<=`): the tables already hold, at T, only what was
 known strictly before T. Times are compared in microseconds.
@@ -21,16 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from evergreen.contracts.errors import ArtifactError
-from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
+from evergreen.contracts.feature_tables import JOIN_KEYS, RANKER_TABLES, FeatureTables
 from evergreen.contracts.instant import to_micros
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE
+from evergreen.features.parquet_rows import ParquetRows
 from evergreen.features.request import REQUEST_SCHEMA, request_features
 
 EVENT_TIMESTAMP = "event_timestamp"
 
+_MATCHES_AT_A_TIME = 1_000_000
 _MEMORY_LIMIT = "3GB"  # beyond it DuckDB spills to disk
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -42,7 +43,7 @@ class AsofSource:
     path: str
     """A Parquet file, or a folder of them."""
     keys: Mapping[str, str]
-    """Column of the file → column of the spine."""
+    """Column of the file → column of the spine. Without any, a row holds for everybody."""
     features: Mapping[str, str]
     """Column of the result → column of the file."""
     timestamp: str = EVENT_TIMESTAMP
@@ -52,7 +53,7 @@ class AsofSource:
     """How long a row holds; 0: until the next one."""
 
 
-def join_features(spine: pa.Table, tables: FeatureTables, *, only: Collection[str] = tuple(JOIN_KEYS)) -> pa.Table:
+def join_features(spine: pa.Table, tables: FeatureTables, *, only: Collection[str] = RANKER_TABLES) -> pa.Table:
     """Append the columns of feature service `ranker_v1`, as known at each row's time.
 
     Args:
@@ -61,15 +62,15 @@ def join_features(spine: pa.Table, tables: FeatureTables, *, only: Collection[st
         only: names of the tables to read; the columns of the others are null.
 
     Returns:
-        The spine's rows in the spine's order; its columns, then those of the tables in the order of JOIN_KEYS, then
+        The spine's rows in the spine's order; its columns, then those of the tables in the order of RANKER_TABLES, then
         `request_features` of the row's own time. A null or unknown key gives null features.
 
     Raises:
         ArtifactError: the spine lacks a key column, or already has a column of the service.
     """
-    check_spine(spine, {key for keys in JOIN_KEYS.values() for key in keys})
+    check_spine(spine, {key for name in RANKER_TABLES for key in JOIN_KEYS[name]})
     joined = []
-    for name in JOIN_KEYS:
+    for name in RANKER_TABLES:
         source = table_source(tables, name)
         joined.append(asof_features(spine, source) if name in only else _no_features(spine.num_rows, source))
     stored = pa.Table.from_arrays(
@@ -109,7 +110,7 @@ def latest_rows(
 
     Args:
         path: a Parquet file, or a folder of them.
-        keys: columns that make a key.
+        keys: columns that make a key; none: all rows have the same.
         columns: what to return.
         end: rows after it do not count; rows at it do.
         start: rows before it do not count.
@@ -117,27 +118,25 @@ def latest_rows(
         created: of rows with equal key and timestamp, the one created last counts. Without it, any one of them.
     """
     order = ", ".join(f"{_quote(name)} DESC NULLS LAST" for name in (timestamp, created) if name)
-    key = ", ".join(_quote(name) for name in keys)
+    partition = f"PARTITION BY {', '.join(_quote(name) for name in keys)}" if keys else ""
     in_range = f"epoch_us({_quote(timestamp)}) <= {to_micros(end)}"
     if start is not None:
         in_range += f" AND epoch_us({_quote(timestamp)}) >= {to_micros(start)}"
     query = f"""
-        WITH latest AS (
-            SELECT file_index AS file, file_row_number AS row FROM read_parquet($path) WHERE {in_range}
-            QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {order}) = 1
-        )
-        SELECT {", ".join(f"f.{_quote(name)}" for name in columns)}
-        FROM latest JOIN read_parquet($path) f ON latest.file = f.file_index AND latest.row = f.file_row_number
-        ORDER BY {", ".join(f"f.{_quote(name)}" for name in keys)}
+        SELECT file_index AS file, file_row_number AS row FROM {ParquetRows.FILES} WHERE {in_range}
+        QUALIFY row_number() OVER ({partition} ORDER BY {order}) = 1
+        ORDER BY {", ".join(_quote(name) for name in [*keys, timestamp])}
     """
+    table = ParquetRows(path)
     with connection() as db:
-        rows = db.sql(query, params={"path": path}).to_arrow_table()
-    return _with_file_types(rows, path, {name: name for name in columns})
+        latest = db.sql(query, params={"files": table.files}).to_arrow_table()
+    numbers = table.numbers(latest["file"].to_numpy(), latest["row"].to_numpy())
+    return table.take(numbers, {name: name for name in columns})
 
 
 def service_columns(tables: FeatureTables) -> list[str]:
     """Names of the columns that `join_features` appends, in order."""
-    stored = [name for table in JOIN_KEYS for name in table_source(tables, table).features]
+    stored = [name for table in RANKER_TABLES for name in table_source(tables, table).features]
     return [*stored, *REQUEST_SCHEMA.names]
 
 
@@ -151,40 +150,49 @@ def asof_features(spine: pa.Table, source: AsofSource, *, timestamp: str = EVENT
 
     Returns:
         (num_rows) the source's features alone, in the spine's order.
+
+    Raises:
+        ArtifactError: the source lacks a column, or a key is text on one side only.
     """
+    table = ParquetRows(source.path)
+    _check_source(spine, source, table.schema)
     columns = {f"key_{i}": spine[name] for i, name in enumerate(source.keys.values())}
     # A column of nothing but nulls has no type of its own, and DuckDB would take it for integers.
     columns = {name: c.cast(pa.string()) if pa.types.is_null(c.type) else c for name, c in columns.items()}
+    if not columns:
+        columns["key_0"] = pa.array(np.zeros(spine.num_rows, np.int8))
     columns["at"] = spine[timestamp].cast(pa.timestamp("us"), safe=False).cast(pa.int64())
     columns["ordinal"] = pa.array(np.arange(spine.num_rows))
+    numbers = np.full(spine.num_rows, -1)
     with connection() as db:
         db.register("spine", pa.table(columns))
-        joined = db.sql(asof_query(source), params={"path": source.path}).to_arrow_table()
-    return _with_file_types(joined, source.path, source.features)
+        for match in db.sql(asof_query(source), params={"files": table.files}).to_arrow_reader(_MATCHES_AT_A_TIME):
+            ordinal, file, row = (column.to_numpy() for column in match.columns)
+            numbers[ordinal] = table.numbers(file, row)
+    return table.take(numbers, source.features)
 
 
 def asof_query(source: AsofSource) -> str:
-    """The SQL of `asof_features`: relation `spine` has key_0 …, at (microseconds) and ordinal; $path is a parameter."""
-    keys = ", ".join(f"{_quote(column)} AS key_{i}" for i, column in enumerate(source.keys))
+    """The SQL of `asof_features`: where the row of a spine's row lies, for those that have one.
+
+    Relation `spine` has key_0 …, at (microseconds) and ordinal; $files is a parameter.
+    """
+    # DuckDB 2.0 fails to plan an ASOF JOIN of a window's rows without an equality: without keys, all have the same.
+    columns = [_quote(column) for column in source.keys] or ["0::TINYINT"]
+    keys = ", ".join(f"{column} AS key_{i}" for i, column in enumerate(columns))
     last_created = ""
     if source.created:
-        partition = ", ".join([*(_quote(column) for column in source.keys), _quote(source.timestamp)])
+        partition = ", ".join([*columns, _quote(source.timestamp)])
         order = f"{_quote(source.created)} DESC NULLS LAST"
         last_created = f"QUALIFY row_number() OVER (PARTITION BY {partition} ORDER BY {order}) = 1"
-    equal_keys = " AND ".join(f"s.key_{i} = f.key_{i}" for i in range(len(source.keys)))
-    fresh = f"s.at - f.at <= {source.ttl // _MICROSECOND}" if source.ttl else "true"
-    features = ", ".join(f"f.{_quote(column)} AS {_quote(name)}" for name, column in source.features.items())
+    equal_keys = " AND ".join(f"s.key_{i} = f.key_{i}" for i in range(len(columns)))
+    fresh = f"WHERE s.at - f.at <= {source.ttl // _MICROSECOND}" if source.ttl else ""
     return f"""
         WITH known AS (
             SELECT {keys}, epoch_us({_quote(source.timestamp)}) AS at, file_index AS file, file_row_number AS row
-            FROM read_parquet($path) {last_created}
-        ), match AS (
-            SELECT s.ordinal, f.file, CASE WHEN {fresh} THEN f.row END AS row
-            FROM spine s ASOF LEFT JOIN known f ON {equal_keys} AND s.at >= f.at
+            FROM {ParquetRows.FILES} {last_created}
         )
-        SELECT {features}
-        FROM match m LEFT JOIN read_parquet($path) f ON m.file = f.file_index AND m.row = f.file_row_number
-        ORDER BY m.ordinal
+        SELECT s.ordinal, f.file, f.row FROM spine s ASOF JOIN known f ON {equal_keys} AND s.at >= f.at {fresh}
     """
 
 
@@ -263,22 +271,42 @@ def check_spine(spine: pa.Table, keys: set[str]) -> None:
 
 def table_source(tables: FeatureTables, name: str) -> AsofSource:
     """The rows of one feature table, all of its features under their own names."""
-    path = str(tables.table(name))
     keys = JOIN_KEYS[name]
-    features = [column for column in pq.read_schema(path).names if column not in (*keys, EVENT_TIMESTAMP)]
-    return AsofSource(path=path, keys={key: key for key in keys}, features={column: column for column in features})
+    features = [column for column in tables.schema(name).names if column not in (*keys, EVENT_TIMESTAMP)]
+    return AsofSource(
+        path=str(tables.table(name)), keys={key: key for key in keys}, features={column: column for column in features}
+    )
+
+
+def _check_source(spine: pa.Table, source: AsofSource, types: pa.Schema) -> None:
+    """Raise ArtifactError unless the source has its columns, and keys that can equal those of the spine."""
+    for name in [
+        *source.keys,
+        source.timestamp,
+        *([source.created] if source.created else []),
+        *source.features.values(),
+    ]:
+        if name not in types.names:
+            raise ArtifactError(f"{source.path}: no column {name!r}, only {types.names}: correct its definition")
+    for column, key in source.keys.items():
+        stored, asked = types.field(column).type, spine.schema.field(key).type
+        # DuckDB would compare them as numbers, and "007" with 7 as equal.
+        if not pa.types.is_null(asked) and _is_text(stored) != _is_text(asked):
+            raise ArtifactError(
+                f"{source.path}: {column} is {stored}, but {key} of the rows to join is {asked}: give it the same type"
+            )
+
+
+def _is_text(dtype: pa.DataType) -> bool:
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+    return dtype in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _no_features(num_rows: int, source: AsofSource) -> pa.Table:
     """Rows without a match."""
-    types = pq.read_schema(source.path)
+    types = ds.dataset(source.path, format="parquet").schema
     return pa.table({name: pa.nulls(num_rows, types.field(column).type) for name, column in source.features.items()})
-
-
-def _with_file_types(rows: pa.Table, path: str, columns: Mapping[str, str]) -> pa.Table:
-    """Rows that DuckDB read, in the types of the file: DuckDB names the inside of a list its own way."""
-    types = ds.dataset(path, format="parquet").schema
-    return rows.cast(pa.schema([pa.field(name, types.field(column).type) for name, column in columns.items()]))
 
 
 def _quote(name: str) -> str:

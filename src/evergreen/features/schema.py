@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from evergreen.contracts.feature_tables import JOIN_KEYS, WINDOWS_HOURS
+from evergreen.contracts.feature_tables import JOIN_KEYS, RECENT_WINDOWS_MINUTES, WINDOWS_HOURS
 from evergreen.contracts.mapping import Mapping, Role
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE, event_schema
 
@@ -23,6 +23,16 @@ _ACTIVITY_EXTRAS = {
     "item_activity": (pa.field("item_last_positive_timestamp", TIMESTAMP_TYPE),),
     "user_category_activity": (),
 }
+
+RECENT_FIELDS = (
+    *(
+        pa.field(f"user_recent_{what}_{w}", pa.int64())
+        for what in ("events", "positives")
+        for w in RECENT_WINDOWS_MINUTES
+    ),
+    pa.field("user_recent_items", pa.list_(pa.string())),
+)
+"""Features of `user_recent`."""
 
 
 def profile_sources(name: str, mapping: Mapping) -> dict[str, str]:
@@ -44,6 +54,8 @@ def feature_table_schema(name: str, mapping: Mapping) -> pa.Schema:
         types = {"events": pa.int64(), "positives": pa.int64(), "rate": pa.float64()}
         counts = [pa.field(f"{prefix}_{what}_{w}", types[what]) for what in types for w in WINDOWS_HOURS]
         return pa.schema([*keys, *counts, *_ACTIVITY_EXTRAS[name]])
+    if name == "user_recent":
+        return pa.schema([*keys, *RECENT_FIELDS])
     events = event_schema(mapping)
     sources = profile_sources(name, mapping)
     attributes = [pa.field(column, events.field(source).type) for column, source in sources.items()]

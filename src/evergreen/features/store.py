@@ -4,6 +4,7 @@
       feature_store.yaml, .feastignore, entities.py, sources.py, views.py, on_demand.py, services.py: from feature_repo/
       data/          the feature tables (manifest.json and Parquet), registry.db, online.db
       items.parquet  the catalogue as of the last materialization
+      materialized/  what the online store holds: a digest for each key
 
 All paths in it are relative: the folder can be moved or shipped. `feast -c <folder> apply` works in it too.
 """
@@ -19,29 +20,36 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import feast
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from feast.data_source import DataSource
 from feast.errors import FeastObjectNotFoundException
+from feast.repo_config import RepoConfig
 
 from evergreen.contracts.artifact import atomic_directory
 from evergreen.contracts.errors import ArtifactError, RequestError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
+from evergreen.features.materialize import MaterializedView, materialize_view
+from evergreen.features.online_store import GuardedOnlineStore
 from evergreen.features.point_in_time import EVENT_TIMESTAMP, check_spine, items_as_of
 from evergreen.features.request import REQUEST_SCHEMA, REQUEST_TIMESTAMP
 
 CONFIG = "feature_store.yaml"
 ITEMS = "items.parquet"
+RECORDS = "materialized"
 
 _DEFINITIONS = ("entities", "sources", "views", "on_demand", "services")
 _FEAST_OBJECTS = (DataSource, feast.Entity, feast.FeatureView, feast.OnDemandFeatureView, feast.FeatureService)
 _ONLINE_ROWS = 1000  # a SQLite statement binds one variable for each key
+_ROW = "evergreen_row"
 _NO_KEY = "\x00"  # stands for a null key in a look-up: no id of a log holds a zero byte
 
 logger = logging.getLogger(__name__)
@@ -54,22 +62,27 @@ class FeatureStore:
         self.path = path
         self.tables = tables
         self._store = store
-        self._schemas = {name: pq.read_schema(tables.table(name)) for name in JOIN_KEYS}
+        self._schemas = {name: tables.schema(name) for name in tables.manifest.rows}
         self._known_projections: dict[str, dict[str, list[str]]] = {}
 
     @classmethod
-    def create(cls, path: Path, tables: FeatureTables) -> FeatureStore:
+    def create(cls, path: Path, tables: FeatureTables, *, config: str = CONFIG) -> FeatureStore:
         """Lay out a Feast repository around a copy of the tables, and apply it.
 
         Args:
             path: the folder; whatever was there is replaced. Written whole or not at all.
             tables: the feature tables.
+            config: which of the files in feature_repo/ becomes its feature_store.yaml.
+
+        Raises:
+            ArtifactError: no such config.
+            OnlineStoreError: the online store is away.
         """
         path = Path(path).resolve()
         started = time.perf_counter()
         with atomic_directory(path) as scratch:
-            for file in _definition_files():
-                (scratch / file.name).write_bytes(file.read_bytes())
+            for name, file in _definition_files(config).items():
+                (scratch / name).write_bytes(file.read_bytes())
             shutil.copytree(tables.path, scratch / "data")
             with warnings.catch_warnings():
                 # Feast warns that on-demand views are slow offline: it hands them every column. Our store does not.
@@ -91,6 +104,27 @@ class FeatureStore:
         if not (path / CONFIG).is_file():
             raise ArtifactError(f"{path}: no {CONFIG} in it, so it is no feature store: create it from feature tables")
         return cls(path, FeatureTables.load(path / "data"), feast.FeatureStore(repo_path=str(path)))
+
+    def replace_tables(self, tables: FeatureTables) -> FeatureStore:
+        """Put newer tables of the same log under the definitions, in place.
+
+        What is online stays, and whoever streams into it goes on; `materialize` then writes what changed. A run that
+        breaks off leaves some tables old and some new: replace them again.
+
+        Returns:
+            This store, opened again.
+
+        Raises:
+            ArtifactError: a table has other columns: the definitions have to be applied anew.
+        """
+        for name, schema in self._schemas.items():
+            if not tables.table(name).exists() or tables.schema(name) != schema:
+                raise ArtifactError(
+                    f"{tables.path}: {name} has not the columns of {self.tables.path}: create the feature store anew"
+                )
+        for name in [*(tables.table(name).name for name in self._schemas), FeatureTables.MANIFEST]:
+            _replace(tables.path / name, self.tables.path / name)
+        return FeatureStore.open(self.path)
 
     def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
         """Features as known at each row's time, by Feast's `get_historical_features`.
@@ -115,39 +149,77 @@ class FeatureStore:
         keys = [name for name in ("user_id", "item_id", "category") if name in spine.column_names]
         entities = spine.select([EVENT_TIMESTAMP, *keys])
         entities = entities.append_column(REQUEST_TIMESTAMP, entities[EVENT_TIMESTAMP])
+        entities = entities.append_column(_ROW, pa.array(np.arange(spine.num_rows)))
         job = self._store.get_historical_features(entities.to_pandas(), self._service(service))
-        features = job.to_arrow().select(schema.names).cast(schema)
+        found = job.to_arrow()
+        if not np.array_equal(found[_ROW], entities[_ROW]):  # Spark gives the rows in an order of its own
+            found = found.sort_by(_ROW)
+        features = found.select(schema.names).cast(schema)
         for name in features.column_names:
             spine = spine.append_column(name, features[name])
         logger.info("joined %s to %d rows in %.1f s", service, spine.num_rows, time.perf_counter() - started)
         return spine
 
-    def materialize(self, as_of: datetime) -> None:
+    def materialize(self, as_of: datetime, *, full: bool = False) -> dict[str, MaterializedView]:
         """Bring the online store and items.parquet to what was known at `as_of` (rows up to and including it).
+
+        Writes the keys whose row is not what was written last, from the first event on; see
+        `evergreen.features.materialize`. A killed run does no harm: the next one comes to the same state.
+
+        Args:
+            as_of: the time.
+            full: write every key. A store that restarted empty, or from an older copy, is noticed without it; one that
+                lost some keys (Redis evicting under `maxmemory`) is not.
+
+        Returns:
+            What was done, by view.
 
         Raises:
             ArtifactError: the store is already ahead of `as_of`: it would keep rows from after it.
+            OnlineStoreError: the online store is away or full.
         """
-        for view in self._store.list_feature_views():
+        views = self._store.list_feature_views()
+        for view in views:
             if view.most_recent_end_time and view.most_recent_end_time > as_of:
                 raise ArtifactError(
                     f"{self.path}: {view.name} is materialized as of {view.most_recent_end_time}, later than {as_of}: "
                     "create the store anew to go back"
                 )
         started = time.perf_counter()
-        progress = io.StringIO()
-        # Not materialize_incremental: it begins at the wall clock, and never sees rows that arrive late.
         # Profiles of the first event are stamped after it, so the first event bounds all rows from below.
         start = min(self.tables.manifest.first_event, as_of)
-        with contextlib.redirect_stdout(progress):
-            self._store.materialize(start, as_of)
-        for line in progress.getvalue().splitlines():
-            logger.debug("feast: %s", line)
+        online = self._store._get_provider().online_store
+        done = {}
+        for view in views:
+            if isinstance(online, GuardedOnlineStore) and view.name in JOIN_KEYS:
+                done[view.name] = materialize_view(
+                    self.tables.table(view.name),
+                    JOIN_KEYS[view.name],
+                    [feature.name for feature in view.features],
+                    as_of=as_of,
+                    records=self.path / RECORDS,
+                    writer=_ViewWriter(online, self._store.config, view),
+                    full=full,
+                )
+                logger.info("%s: %s", view.name, done[view.name])
+                self._store.registry.apply_materialization(view, self._store.project, start, as_of)
+            else:
+                self._materialize_by_feast(view.name, start, as_of)
         items = items_as_of(self.tables, as_of)
         partial = self.path / f".{ITEMS}.partial"
         pq.write_table(items, partial, compression="zstd")
         partial.replace(self.path / ITEMS)
         logger.info("materialized as of %s: %d items, %.1f s", as_of, items.num_rows, time.perf_counter() - started)
+        return done
+
+    def _materialize_by_feast(self, view: str, start: datetime, as_of: datetime) -> None:
+        """A view or an online store of another's: every key, each time."""
+        progress = io.StringIO()
+        # Not materialize_incremental: it begins at the wall clock, and never sees rows that arrive late.
+        with contextlib.redirect_stdout(progress):
+            self._store.materialize(start, as_of, feature_views=[view])
+        for line in progress.getvalue().splitlines():
+            logger.debug("feast: %s", line)
 
     def items(self) -> pa.Table:
         """The catalogue as of the last materialization: (item_id, category, item_first_seen), sorted by item_id.
@@ -241,17 +313,50 @@ class FeatureStore:
         return pa.schema(fields)
 
 
-def _definition_files() -> list[Traversable]:
-    """The files of the package `feature_repo`."""
+def _replace(source: Path, target: Path) -> None:
+    """Copy a file or a folder over another."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if source.is_dir():
+        shutil.copytree(source, partial)
+        shutil.rmtree(target)
+    else:
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+@dataclass(frozen=True)
+class _ViewWriter:
+    """One view of an online store; see `materialize.ViewWriter`."""
+
+    online: GuardedOnlineStore
+    config: RepoConfig
+    view: feast.FeatureView
+
+    def marker(self) -> str | None:
+        return self.online.marker(self.config, self.view)
+
+    def set_marker(self, marker: str) -> None:
+        self.online.set_marker(self.config, self.view, marker)
+
+    def write(self, rows: pa.Table) -> int:
+        return self.online.write_table(self.config, self.view, rows)
+
+    def withdraw(self, rows: pa.Table) -> int:
+        return self.online.withdraw(self.config, self.view, rows)
+
+
+def _definition_files(config: str) -> dict[str, Traversable]:
+    """The files of the package `feature_repo` by the name that they get; `config` becomes feature_store.yaml."""
     try:
         package: Traversable = resources.files("feature_repo")
     except ModuleNotFoundError:
         # An editable install may expose src/ alone; then the definitions are beside it.
         package = Path(__file__).parents[3] / "feature_repo"
-    wanted = [CONFIG, ".feastignore", *(f"{name}.py" for name in _DEFINITIONS)]
-    files = [package / name for name in wanted]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ArtifactError(f"{package}: {missing[0]} of the feature repository is missing: install evergreen again")
+    files = {name: package / name for name in (".feastignore", *(f"{name}.py" for name in _DEFINITIONS))}
+    files[CONFIG] = package / config
+    if missing := [file.name for file in files.values() if not file.is_file()]:
+        raise ArtifactError(f"{package}: there is no {missing[0]} in the feature repository")
     return files
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 import ibis
@@ -28,6 +29,7 @@ from evergreen.features.activity import (
     with_labels,
 )
 from evergreen.features.profile import profile
+from evergreen.features.recent import recent
 from evergreen.features.schema import ACTIVITY_PREFIXES, PROFILE_PREFIXES, feature_table_schemas, profile_sources
 
 _ROW_GROUP_ROWS = 102_400  # a multiple of DuckDB's vectors, so that a group never ends in the middle of one
@@ -35,13 +37,17 @@ _ROW_GROUP_ROWS = 102_400  # a multiple of DuckDB's vectors, so that a group nev
 _logger = logging.getLogger(__name__)
 
 
-def feature_table_expressions(events: ir.Table, mapping: Mapping, *, last_hour: int) -> dict[str, ir.Table]:
+def feature_table_expressions(
+    events: ir.Table, mapping: Mapping, *, as_of: datetime, start: datetime | None = None
+) -> dict[str, ir.Table]:
     """Every feature table as an expression over the events of a snapshot.
 
     Args:
         events: the snapshot's rows (`event_schema`), on an engine whose session time zone is UTC.
         mapping: of the snapshot.
-        last_hour: the last full hour not later than the snapshot's as_of, in hours since 1970; no activity is later.
+        as_of: no row is later, and activity ends at the last full hour not later.
+        start: a full hour; no row is earlier. `events` must go back to the first one all the same: what is last known
+            of a key may be as old as the log.
 
     Returns:
         By table name: rows in no particular order, with the columns of `feature_table_schema`.
@@ -49,18 +55,27 @@ def feature_table_expressions(events: ir.Table, mapping: Mapping, *, last_hour: 
     schemas = feature_table_schemas(mapping)
     lag = full_hours(mapping.split.attribution_window)
     kind = mapping.kind
+    first_hour = None if start is None else last_full_hour(start)
+    last_hour = last_full_hour(as_of)
     labelled = with_labels(events, kind)
-    prior = global_prior(labelled, kind=kind, lag=lag, last_hour=last_hour)
+    prior = global_prior(labelled, kind=kind, lag=lag, last_hour=last_hour, first_hour=first_hour)
     expressions: dict[str, ir.Table] = {}
     for name, prefix in ACTIVITY_PREFIXES.items():
-        values = activity(labelled, prior, JOIN_KEYS[name], prefix, kind=kind, lag=lag, last_hour=last_hour)
+        values = activity(
+            labelled, prior, JOIN_KEYS[name], prefix, kind=kind, lag=lag, last_hour=last_hour, first_hour=first_hour
+        )
         if name == "user_activity":
             values = with_history(values, history_pages(labelled))
         expressions[name] = values.mutate(event_timestamp=(values["T"] * 3600).as_timestamp("s"))
     for name, prefix in PROFILE_PREFIXES.items():
         sources = profile_sources(name, mapping)
         expressions[name] = profile(events, JOIN_KEYS[name][0], f"{prefix}_first_seen", sources)
-    return {name: expressions[name].select(schemas[name].names) for name in JOIN_KEYS}
+    expressions["user_recent"] = recent(labelled, mapping, end=as_of)
+    tables = {name: expressions[name].select(schemas[name].names) for name in JOIN_KEYS}
+    if start is None:
+        return tables
+    first, last = (ibis.literal(moment, "timestamp('UTC')") for moment in (start, as_of))
+    return {name: table.filter(table.event_timestamp.between(first, last)) for name, table in tables.items()}
 
 
 def build_feature_tables(
@@ -90,8 +105,7 @@ def build_feature_tables(
         try:
             connection.raw_sql("SET TimeZone = 'UTC'")
             events = connection.read_parquet(snapshot.files, hive_partitioning=False)
-            last_hour = last_full_hour(manifest.as_of)
-            for name, table in feature_table_expressions(events, manifest.mapping, last_hour=last_hour).items():
+            for name, table in feature_table_expressions(events, manifest.mapping, as_of=manifest.as_of).items():
                 file = scratch / f"{name}.parquet"
                 table.order_by([*JOIN_KEYS[name], "event_timestamp"]).to_parquet(
                     file, compression="zstd", row_group_size=_ROW_GROUP_ROWS

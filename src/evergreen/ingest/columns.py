@@ -23,7 +23,7 @@ def needed_columns(mapping: Mapping) -> dict[str, str]:
     for key in ("user_id", "item_id", "request_id"):
         wanted += [(f"columns.{key}", column) for column in parts(getattr(mapping.columns, key))]
     wanted += [(f"columns.{key}", getattr(mapping.columns, key)) for key in ("category", "position", "propensity")]
-    wanted += [("columns.dwell_seconds", mapping.columns.dwell_seconds)]
+    wanted += [(f"columns.{key}", getattr(mapping.columns, key)) for key in ("dwell_seconds", "click_timestamp")]
     wanted += [("label.column", mapping.label.column if mapping.label else None)]
     wanted += [("rating.column", mapping.rating.column if mapping.rating else None)]
     for role in Role:

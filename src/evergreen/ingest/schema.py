@@ -87,6 +87,7 @@ class _Query:
             "category": self._category(),
             "position": self._integer(columns.position),
             "_label": self._label(),
+            "_click_us": self._click_time(),
             "rating": self._number(mapping.rating.column if mapping.rating else None),
             "dwell_seconds": self._number(columns.dwell_seconds),
             "propensity": self._number(columns.propensity),
@@ -97,6 +98,7 @@ class _Query:
             **{key: key for key in ("request_id", "user_id", "item_id", "category")},
             "position": "CAST(position AS INTEGER)",
             "clicked": "_label" if mapping.kind is LogKind.IMPRESSIONS else "CAST(NULL AS BOOLEAN)",
+            "click_timestamp": "make_timestamp(_click_us)",
             **{key: f"TRY_CAST({key} AS FLOAT)" for key in ("rating", "dwell_seconds", "propensity")},
             **{name: f"f_{name}" for name in mapping.all_features},
         }
@@ -206,21 +208,30 @@ class _Query:
             start, interval = round(time.start.timestamp() * 1e6), round(time.interval.total_seconds() * 1e6)
             return f"({start} + {ORDINAL} * {interval})"
         assert time.column is not None
-        name, type_ = self.names[time.column], self.types[time.column]
+        return self._micros(time.column)
+
+    def _click_time(self) -> str:
+        column = self.mapping.columns.click_timestamp
+        return "CAST(NULL AS BIGINT)" if column is None else self._micros(column)
+
+    def _micros(self, column: str) -> str:
+        """A column that is written like the event's timestamp, as microseconds since 1970, or NULL."""
+        time = self.mapping.timestamp
+        name, type_ = self.names[column], self.types[column]
         if pa.types.is_timestamp(type_):  # a naive one is taken for local time, in the connection's time zone
             return f"epoch_us(TRY_CAST({name} AS TIMESTAMPTZ))"
         if time.format is not None:
-            parsed = f"try_strptime({self._text(time.column)}, {literal(time.format)})"
+            parsed = f"try_strptime({self._text(column)}, {literal(time.format)})"
             return f"epoch_us(TRY_CAST({parsed} AS TIMESTAMPTZ))"
         if time.unit == "iso":
-            text = self._text(time.column)
+            text = self._text(column)
             # Second try: a comma before the fraction, a space before the offset.
             mended = f"regexp_replace(replace({text}, ',', '.'), '\\s+([+-]\\d)', '\\1')"
             return f"epoch_us(coalesce(TRY_CAST({text} AS TIMESTAMPTZ), TRY_CAST({mended} AS TIMESTAMPTZ)))"
         if time.unit == "ns":  # 2^53 ns are 104 days: doubles will not do
-            decimal = f"TRY_CAST(floor({self._number(time.column)} / 1e3) AS BIGINT)"
+            decimal = f"TRY_CAST(floor({self._number(column)} / 1e3) AS BIGINT)"
             return f"coalesce(TRY_CAST({name} AS BIGINT) // 1000, {decimal})"
-        return f"TRY_CAST(round({self._number(time.column)} * {_UNITS_US[time.unit]:.0f}) AS BIGINT)"
+        return f"TRY_CAST(round({self._number(column)} * {_UNITS_US[time.unit]:.0f}) AS BIGINT)"
 
     # Layer three: comparisons.
 
@@ -235,6 +246,11 @@ class _Query:
             if mapping.label.negative != ("*",):
                 yield f"{self.names[mapping.label.column]} IS NULL", literal(f"{name}: missing")
             yield "_label IS NULL", literal(f"{name}: not one of the label's values")
+        if mapping.columns.click_timestamp is not None:
+            column = self.names[mapping.columns.click_timestamp]
+            yield f"{column} IS NOT NULL AND _click_us IS NULL", literal("click_timestamp: not a time")
+            yield f"_click_us < {TIME_US}", literal("click_timestamp: before the event")
+            yield f"_click_us >= {_LATEST_US}", literal("click_timestamp: outside 1990-2100")
         if mapping.rating is not None:
             low, high = mapping.rating.minimum, mapping.rating.maximum
             if mapping.kind is LogKind.RATINGS:

@@ -21,12 +21,12 @@ class SimulatorConfig(JsonModel):
     """
 
     num_users: int = Field(default=2_000, ge=20, le=5_000_000)
-    """People and bots together."""
+    """People, the crawler and the silent bot together."""
     num_items: int = Field(default=500, ge=50, le=1_000_000)
     """Items that exist at the start and items that are published later, together."""
     num_days: int = Field(default=30, ge=1, le=3_650)
     events_per_day: int = Field(default=10_000, ge=100, le=50_000_000)
-    """Mean impressions a day, bots included; weekends are busier."""
+    """Mean impressions a day, those of the crawler and the silent bot included; weekends are busier."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     start: AwareDatetime = datetime(2025, 1, 1, tzinfo=UTC)
     """First midnight (UTC) of the log."""
@@ -72,6 +72,21 @@ class SimulatorConfig(JsonModel):
     num_silent_bots: int = Field(default=1, ge=0, le=5)
     """Bots that look all day long and never click."""
     silent_bot_share: float = Field(default=0.02, ge=0, le=0.2)
+
+    num_fast_crawlers: int = Field(default=0, ge=0, le=100_000)
+    """Planted bots, see `bots`; they and their impressions come on top of `num_users` and `events_per_day`."""
+    num_farm_accounts: int = Field(default=0, ge=0, le=100_000)
+    """Fresh accounts that a click farm uses, in campaigns of `accounts_per_campaign`."""
+    accounts_per_campaign: int = Field(default=40, ge=2, le=10_000)
+    num_mimics: int = Field(default=0, ge=0, le=100_000)
+    """Bots with the pace and the hours of people."""
+    mimic_click_rate: float = Field(default=0.12, gt=0, le=1)
+    """What a mimic clicks of whatever it is shown, at any position."""
+
+    @property
+    def num_accounts(self) -> int:
+        """People, bots and planted bots."""
+        return self.num_users + self.num_fast_crawlers + self.num_farm_accounts + self.num_mimics
 
     @model_validator(mode="after")
     def _check(self) -> Self:

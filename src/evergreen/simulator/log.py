@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from evergreen.contracts.artifact import atomic_directory
 from evergreen.contracts.errors import EvergreenError, InputError
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE
+from evergreen.simulator.clicks import click_delays
 from evergreen.simulator.config import SimulatorConfig
 from evergreen.simulator.policy import LoggingPolicy, Slates
-from evergreen.simulator.population import COUNTRIES, DEVICES, PERSON, Ints
+from evergreen.simulator.population import COUNTRIES, DEVICES, KINDS, PERSON, Floats, Ints
 from evergreen.simulator.streams import stream
-from evergreen.simulator.traffic import Requests, draw_requests
+from evergreen.simulator.traffic import Requests, draw_requests, together
 from evergreen.simulator.world import Outcomes, World
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ EVENTS = pa.schema(
         pa.field("category", pa.string(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
         pa.field("clicked", pa.bool_(), nullable=False),
+        pa.field("click_timestamp", TIMESTAMP_TYPE),  # null: not clicked
         pa.field("rating", pa.float32()),  # null: not rated
         pa.field("dwell_seconds", pa.float32()),  # null: not clicked
         pa.field("propensity", pa.float32(), nullable=False),
@@ -63,6 +65,7 @@ TRUTH = pa.schema(
         pa.field("click_probability", pa.float64(), nullable=False),
         pa.field("relevance", pa.float64(), nullable=False),  # click probability of an item that is examined
         pa.field("is_bot", pa.bool_(), nullable=False),
+        pa.field("user_kind", pa.string(), nullable=False),  # one of population.KINDS
     ]
 )
 """Columns of the truth."""
@@ -104,6 +107,8 @@ class _Block:
     request_ids: list[str]
     slates: Slates
     outcomes: Outcomes
+    click_delays: Floats
+    """(n,) seconds; NaN: not clicked."""
 
 
 def _write_day(world: World, policy: LoggingPolicy, names: _Names, out: Path) -> tuple[int, int]:
@@ -140,15 +145,16 @@ def _flush(waiting: list[tuple[pa.Table, pa.Table]], events: pq.ParquetWriter, t
 def _blocks(world: World, policy: LoggingPolicy) -> Iterator[_Block]:
     """Live through the current day, hour by hour: the policy learns of newly published items on the hour."""
     config, day = world.config, world.day
-    day_requests = draw_requests(config, world.users, day)
+    day_requests = together(draw_requests(config, world.users, day), world.bots.requests(day))
     rng = stream(config.seed, "slates", day)
     outcome_rng = stream(config.seed, "outcomes", day)
+    delay_rng = stream(config.seed, "click delays", day)
     hour, number = np.timedelta64(1, "h"), 0
     for start in world.midnight + np.arange(24) * hour:
         in_hour = day_requests.between(start, start + hour)
         for first in range(0, len(in_hour), _REQUESTS_PER_BLOCK):
             requests = in_hour.rows(slice(first, first + _REQUESTS_PER_BLOCK))
-            slates = policy.slates(rng, requests.users, requests.slate_sizes, start)
+            slates = policy.slates(rng, requests.users, requests.slate_sizes, start, requests.asked_for)
             outcomes = world.respond(
                 outcome_rng,
                 requests.users[slates.requests],
@@ -159,7 +165,8 @@ def _blocks(world: World, policy: LoggingPolicy) -> Iterator[_Block]:
             )
             request_ids = [f"r{day:04d}-{number + index:07d}" for index in range(len(requests))]
             number += len(requests)
-            yield _Block(requests, request_ids, slates, outcomes)
+            kinds = world.users.kind[requests.users[slates.requests]]
+            yield _Block(requests, request_ids, slates, outcomes, click_delays(delay_rng, kinds, outcomes.clicked))
 
 
 class _Names:
@@ -183,16 +190,20 @@ class _Names:
             "publisher": publishers.take(pa.array(items.publisher)),
         }
         self._is_bot = users.kind != PERSON
+        self._kind = pa.array(KINDS).take(pa.array(users.kind))
 
     def events(self, block: _Block) -> pa.Table:
         """The block's rows of the log."""
         requests, slates, outcomes = block.requests, block.slates, block.outcomes
-        users = requests.users[slates.requests]
+        users, times = requests.users[slates.requests], requests.times[slates.requests]
+        delays = np.floor(block.click_delays * 1e6)
+        click_times = times + np.nan_to_num(delays).astype(np.int64).astype("timedelta64[us]")
         columns: dict[str, Any] = {
-            "event_timestamp": pa.array(requests.times[slates.requests]).cast(TIMESTAMP_TYPE),
+            "event_timestamp": pa.array(times).cast(TIMESTAMP_TYPE),
             "request_id": _take(pa.array(block.request_ids), slates.requests),
             "position": _int32(slates.positions),
             "clicked": pa.array(outcomes.clicked),
+            "click_timestamp": pa.array(click_times, mask=~outcomes.clicked).cast(TIMESTAMP_TYPE),
             "rating": _float32(outcomes.rating),
             "dwell_seconds": _float32(outcomes.dwell_seconds),
             "propensity": _float32(slates.propensity),
@@ -205,13 +216,15 @@ class _Names:
     def truth(self, block: _Block) -> pa.Table:
         """The block's rows of the truth."""
         slates, outcomes = block.slates, block.outcomes
+        users = block.requests.users[slates.requests]
         columns = [
             _take(pa.array(block.request_ids), slates.requests),
             _take(self._by_item["item_id"], slates.items),
             _int32(slates.positions),
             pa.array(outcomes.click_probability),
             pa.array(outcomes.relevance),
-            pa.array(self._is_bot[block.requests.users[slates.requests]]),
+            pa.array(self._is_bot[users]),
+            _take(self._kind, users),
         ]
         return pa.table(columns, schema=TRUTH)
 

@@ -52,8 +52,8 @@ class LoggingPolicy:
         self.catalogue = catalogue
         self.item_views = np.zeros(config.num_items)
         self.item_clicks = np.zeros(config.num_items)
-        self.user_views = np.zeros((config.num_users, config.num_categories), dtype=np.float32)
-        self.user_clicks = np.zeros((config.num_users, config.num_categories), dtype=np.float32)
+        self.user_views = np.zeros((config.num_accounts, config.num_categories), dtype=np.float32)
+        self.user_clicks = np.zeros((config.num_accounts, config.num_categories), dtype=np.float32)
 
     def observe(self, users: Ints, items: Ints, clicked: NDArray[np.bool_]) -> None:
         """Learn from a day's rows; the days before fade."""
@@ -67,7 +67,14 @@ class LoggingPolicy:
             counts *= _FADE
             counts += np.bincount(keys, minlength=counts.size).reshape(counts.shape)
 
-    def slates(self, rng: np.random.Generator, users: Ints, sizes: Ints, now: np.datetime64) -> Slates:
+    def slates(
+        self,
+        rng: np.random.Generator,
+        users: Ints,
+        sizes: Ints,
+        now: np.datetime64,
+        asked_for: Ints | None = None,
+    ) -> Slates:
         """Draw one slate for each request.
 
         Args:
@@ -75,13 +82,18 @@ class LoggingPolicy:
             users: (R,) who asks.
             sizes: (R,) how many items, at least 1 and at most the number of items published.
             now: items published at this time or before may be shown.
+            asked_for: (R,) item that the request itself names: it is shown first, with propensity 1; -1: none.
         """
         draw = _Draw(self, users, now)
         width = int(sizes.max())
         # One stream of draws a request, repeats skipped. Most requests have enough after 2.5 draws an item.
         chosen = np.full((len(users), width), -1, dtype=np.int64)
         filled = np.zeros(len(users), dtype=np.int64)
-        open_rows = np.arange(len(users))
+        asked = np.flatnonzero(asked_for >= 0) if asked_for is not None else np.zeros(0, dtype=np.int64)
+        if asked_for is not None:
+            chosen[asked, 0] = asked_for[asked]
+            filled[asked] = 1
+        open_rows = np.flatnonzero(filled < sizes)
         while len(open_rows):
             drawn = draw.items(rng, open_rows, max(4, 5 * width // 2))
             for column in drawn.T:
@@ -96,7 +108,9 @@ class LoggingPolicy:
         above = np.cumsum(probability, axis=1) - probability
         requests, places = np.nonzero(shown)
         # Rounding can push a propensity just above 1 when a slate takes all items there are.
-        return Slates(requests, chosen[shown], places + 1, np.minimum(probability / (1.0 - above), 1.0)[shown])
+        propensity = np.minimum(probability / (1.0 - above), 1.0)
+        propensity[asked, 0] = 1.0
+        return Slates(requests, chosen[shown], places + 1, propensity[shown])
 
 
 class _Draw:

@@ -5,7 +5,7 @@ Shapes: U users, I items, C categories, S segments, P publishers, D devices, K c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 import numpy as np
@@ -26,8 +26,9 @@ COUNTRIES = ("DE", "FR", "GB", "ES", "PL", "FI")
 COUNTRY_SHARES = np.array([0.30, 0.22, 0.18, 0.14, 0.11, 0.05])
 COUNTRY_UTC_OFFSET_HOURS = np.array([1, 1, 0, 1, 1, 2])
 
-PERSON, CRAWLER, SILENT_BOT = 0, 1, 2
-"""Kinds of user. The kind is in no column of the log."""
+KINDS = ("person", "crawler", "silent_bot", "fast_crawler", "farm_account", "mimic")
+"""Kinds of user, by their index. The kind is in no column of the log."""
+PERSON, CRAWLER, SILENT_BOT, FAST_CRAWLER, FARM_ACCOUNT, MIMIC = range(len(KINDS))
 
 _ACTIVITY_SIGMA = 1.1
 _OLDEST_ITEM_DAYS = 30.0
@@ -41,7 +42,7 @@ class Users:
 
     ids: NDArray[np.str_]
     kind: Ints
-    """(U,) PERSON, CRAWLER or SILENT_BOT."""
+    """(U,) indexes into `KINDS`; planted bots are the last users."""
     segment: Ints
     country: Ints
     segment_known: Bools
@@ -80,7 +81,13 @@ class Items:
 
 
 def draw_users(config: SimulatorConfig) -> Users:
-    """Draw the users of a world."""
+    """Draw the users of a world. People are the same whether or not bots are planted among them."""
+    users = _draw_people(config)
+    return _with_planted_bots(config, users) if config.num_accounts > config.num_users else users
+
+
+def _draw_people(config: SimulatorConfig) -> Users:
+    """Draw the users of `config.num_users`: people, and the two bots of the default world."""
     rng = stream(config.seed, "users")
     num = config.num_users
     kind = np.full(num, PERSON, dtype=np.int64)
@@ -102,6 +109,30 @@ def draw_users(config: SimulatorConfig) -> Users:
         eagerness=rng.normal(0.0, 0.35, num),
         first_day=np.where(comes_later, rng.integers(0, config.num_days, num), 0),
     )
+
+
+def _with_planted_bots(config: SimulatorConfig, people: Users) -> Users:
+    """Append the planted bots: they fill in what people fill in, and come in no traffic but their own."""
+    rng = stream(config.seed, "planted bots")
+    kinds = (FAST_CRAWLER, FARM_ACCOUNT, MIMIC)
+    kind = np.repeat(kinds, (config.num_fast_crawlers, config.num_farm_accounts, config.num_mimics))
+    num = len(kind)
+    bots = Users(
+        ids=np.empty(0, dtype=np.str_),
+        kind=kind.astype(np.int64),
+        segment=_choose(rng, _falling_shares(config.num_segments), num),
+        country=_choose(rng, COUNTRY_SHARES, num),
+        segment_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
+        country_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
+        main_device=_choose(rng, DEVICE_SHARES, num),
+        activity=np.zeros(num),
+        eagerness=np.zeros(num),
+        first_day=np.zeros(num, dtype=np.int64),
+    )
+    columns = {
+        field.name: np.concatenate([getattr(people, field.name), getattr(bots, field.name)]) for field in fields(Users)
+    }
+    return Users(**columns | {"ids": _ids("u", config.num_accounts)})
 
 
 def draw_items(config: SimulatorConfig) -> Items:

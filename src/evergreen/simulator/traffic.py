@@ -1,12 +1,13 @@
 """Traffic: who comes when, with which device, and how many items each request asks for.
 
 People come in sessions (2.5 requests in the mean, a minute or so apart) that start by the hour of their own country's
-day; weekends are busier. A request shows one slate. Crawlers come on one night a week, silent bots all day long.
+day; weekends are busier. A request shows one slate. Crawlers come on one night a week, silent bots all day long. What
+planted bots ask for is in `bots`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,8 @@ class Requests:
     users: Ints
     devices: Ints
     slate_sizes: Ints
+    asked_for: Ints
+    """Item that the request itself names and that is shown first, e.g. on a page of its own; -1: none."""
 
     def __len__(self) -> int:
         return len(self.times)
@@ -58,9 +61,10 @@ class Requests:
         low, high = np.searchsorted(self.times, np.array([start, end]))
         return self.rows(slice(int(low), int(high)))
 
-    def rows(self, rows: slice) -> Requests:
+    def rows(self, rows: slice | Ints) -> Requests:
         """Some of the requests."""
-        return Requests(self.times[rows], self.users[rows], self.devices[rows], self.slate_sizes[rows])
+        columns = (self.users, self.devices, self.slate_sizes, self.asked_for)
+        return Requests(self.times[rows], *(column[rows] for column in columns))
 
 
 def draw_requests(config: SimulatorConfig, users: Users, day: int) -> Requests:
@@ -71,16 +75,33 @@ def draw_requests(config: SimulatorConfig, users: Users, day: int) -> Requests:
     crawls = len(crawlers) and day % _CRAWLER_PERIOD_DAYS == min(_CRAWLER_FIRST_DAY, config.num_days - 1)
     crawler_events = max(round(total * config.crawler_share), config.slate_size_min) if crawls else 0
     silent_events = max(round(total * config.silent_bot_share), config.slate_size_min) if len(silent) else 0
-    parts = [_people(config, users, day, rng, total - crawler_events - silent_events)]
+    weights = np.where(users.first_day <= day, users.activity, 0.0)
+    parts = [sessions(config, users, weights, rng, total - crawler_events - silent_events)]
     if crawler_events:
         parts.append(_crawl(config, crawlers, rng, crawler_events))
     if silent_events:
         parts.append(_watch(config, silent, rng, silent_events))
     seconds, who, devices, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return in_time_order(config, day, (seconds, who, devices, sizes), np.full(len(seconds), -1))
+
+
+def in_time_order(config: SimulatorConfig, day: int, part: Part, asked_for: Ints) -> Requests:
+    """Requests of a day, which end before midnight."""
+    seconds, *columns = part
     order = np.argsort(seconds, kind="stable")
     microseconds = np.minimum(seconds[order] * 1e6, _DAY_SECONDS * 1e6 - 1).astype(np.int64)
     times = midnight(config, day) + microseconds.astype("timedelta64[us]")
-    return Requests(times, who[order].astype(np.int64), devices[order].astype(np.int64), sizes[order].astype(np.int64))
+    return Requests(times, *(column[order].astype(np.int64) for column in (*columns, asked_for)))
+
+
+def together(one: Requests, other: Requests) -> Requests:
+    """Both, in time order."""
+    if not len(other):
+        return one
+    columns = {
+        field.name: np.concatenate([getattr(one, field.name), getattr(other, field.name)]) for field in fields(Requests)
+    }
+    return Requests(**columns).rows(np.argsort(columns["times"], kind="stable"))
 
 
 def events_on(config: SimulatorConfig, day: int) -> int:
@@ -94,15 +115,24 @@ Part = tuple[Floats, Ints, Ints, Ints]
 """Seconds since midnight, users, devices, slate sizes; each (r,)."""
 
 
-def _people(config: SimulatorConfig, users: Users, day: int, rng: np.random.Generator, events: int) -> Part:
-    sizes = _slate_sizes(config, rng, events)
+def sessions(config: SimulatorConfig, users: Users, weights: Floats, rng: np.random.Generator, events: int) -> Part:
+    """What people ask for on a day.
+
+    Args:
+        config: of the world.
+        users: of the world.
+        weights: (U,) how likely a session is each user's; 0: the user does not come.
+        rng: decides.
+        events: impressions of the day.
+    """
+    sizes = slate_sizes(config, rng, events)
     num = len(sizes)
     lengths = np.minimum(rng.geometric(1 / _MEAN_REQUESTS, num), _MAX_REQUESTS)
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), num)) + 1]  # the last session may be cut short
     session = np.repeat(np.arange(len(lengths)), lengths)[:num]
 
-    weights = np.cumsum(np.where(users.first_day <= day, users.activity, 0.0))
-    who = np.searchsorted(weights, rng.random(len(lengths)) * weights[-1], side="right")
+    cumulated = np.cumsum(weights)
+    who = np.searchsorted(cumulated, rng.random(len(lengths)) * cumulated[-1], side="right")
     other_device = rng.choice(len(DEVICES), len(lengths), p=DEVICE_SHARES)
     device = np.where(rng.random(len(lengths)) < 0.8, users.main_device[who], other_device)
 
@@ -122,20 +152,20 @@ def _people(config: SimulatorConfig, users: Users, day: int, rng: np.random.Gene
 
 
 def _crawl(config: SimulatorConfig, crawlers: Ints, rng: np.random.Generator, events: int) -> Part:
-    sizes = _slate_sizes(config, rng, events)
+    sizes = slate_sizes(config, rng, events)
     num = len(sizes)
     seconds = _CRAWLER_START_SECONDS + np.cumsum(_CRAWLER_GAP_SECONDS * rng.uniform(0.5, 1.5, num))
     return np.minimum(seconds, _DAY_SECONDS - 1.0), rng.choice(crawlers, num), np.full(num, _DESKTOP), sizes
 
 
 def _watch(config: SimulatorConfig, silent: Ints, rng: np.random.Generator, events: int) -> Part:
-    sizes = _slate_sizes(config, rng, events)
+    sizes = slate_sizes(config, rng, events)
     num = len(sizes)
     seconds = (np.arange(num) + rng.random(num)) * (_DAY_SECONDS / num)
     return seconds, rng.choice(silent, num), np.full(num, _DESKTOP), sizes
 
 
-def _slate_sizes(config: SimulatorConfig, rng: np.random.Generator, events: int) -> Ints:
+def slate_sizes(config: SimulatorConfig, rng: np.random.Generator, events: int) -> Ints:
     """Slate sizes that add up to `events`: uniform between the bounds, with the remainder taken from the first ones.
 
     Where that cannot be (all slates of one size), the last one is shorter.

@@ -20,8 +20,9 @@ x <- phi x + sqrt(1 - phi^2) noise with phi = 2 ** (-1 / half_life): a random wa
 changes but its spread does not (a stationary AR(1) process). The intercept `a` is set once so that the mean click
 probability on random slates of the first day is `click_rate`.
 
-A crawler clicks with probability 0.97 at any position, a silent bot with 0. After a click a person stays for a time,
-and may rate the item from 1 to 5, both by how well it suits them (taste + quality), not by what made them click.
+A crawler clicks with probability 0.97 at any position, a silent bot with 0; for planted bots see `bots`. After a click
+a person stays for a time, and may rate the item from 1 to 5, both by how well it suits them (taste + quality), not by
+what made them click.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evergreen.simulator.bots import PlantedBots
 from evergreen.simulator.config import SimulatorConfig
 from evergreen.simulator.population import (
     COUNTRIES,
     CRAWLER,
     DEVICE_SHARES,
     DEVICES,
+    MIMIC,
     PERSON,
     Floats,
     Ints,
@@ -103,6 +106,7 @@ class World:
         self.config = config
         self.users: Users = draw_users(config)
         self.items: Items = draw_items(config)
+        self.bots = PlantedBots(config, self.users, self.items)
         self.day = 0
         self._draw_effects()
         self._draw_tastes()
@@ -127,8 +131,8 @@ class World:
         """Go to the next day: tastes and trends take their step."""
         self.day += 1
         rng = stream(self.config.seed, "drift", self.day)
-        half_life = self.config.taste_half_life_days
-        self._personal_taste = _drift(rng, self._personal_taste, half_life)
+        half_life, people = self.config.taste_half_life_days, slice(self.config.num_users)
+        self._personal_taste[people] = _drift(rng, self._personal_taste[people], half_life)
         self._segment_taste = _drift(rng, self._segment_taste, half_life * _SEGMENT_HALF_LIVES)
         self._trend = _drift(rng, self._trend, half_life, sigma=_TREND_SIGMA)
 
@@ -176,7 +180,7 @@ class World:
     def relevance(self, users: Ints, items: Ints, times: Times, devices: Ints) -> Floats:
         """(n,) probability of a click on an item that is examined. Arguments and errors as for `utility`."""
         utility = self.utility(users, items, times, devices)
-        return self._relevance(users, utility)
+        return self._relevance(users, items, utility)
 
     def examination(self, users: Ints, positions: Ints) -> Floats:
         """(n,) probability that a position (from 1) is examined; bots examine everything."""
@@ -192,9 +196,9 @@ class World:
     ) -> Outcomes:
         """Show n items and see what happens. Arguments and errors as for `utility`; `rng` decides the outcomes."""
         utility = self.utility(users, items, times, devices)
-        relevance = self._relevance(users, utility)
+        relevance = self._relevance(users, items, utility)
         click_probability = self.examination(users, positions) * relevance
-        num, is_person = len(users), self.users.kind[users] == PERSON
+        num, is_person = len(users), np.isin(self.users.kind[users], (PERSON, MIMIC))
         clicked = rng.random(num) < click_probability
         dwell = np.exp(rng.normal(3.1 + 0.3 * utility.satisfaction, 0.7, num))
         dwell = np.where(is_person, dwell, rng.uniform(0.05, 0.9, num))
@@ -216,7 +220,7 @@ class World:
         self._peak_hour = rng.uniform(0, 24, config.num_categories)
         fit = rng.normal(0.0, _DEVICE_FIT_SIGMA, (len(DEVICES), config.num_categories))
         self._device_fit = fit - DEVICE_SHARES @ fit
-        counts = np.bincount(self.users.segment, minlength=config.num_segments)
+        counts = np.bincount(self.users.segment[: config.num_users], minlength=config.num_segments)
         self._segment_shares = counts / counts.sum()
 
     def _draw_tastes(self) -> None:
@@ -225,13 +229,15 @@ class World:
         dimensions = config.taste_dimensions
         # Directions of full length: with a handful of segments, normal draws would make some worlds much duller.
         self._segment_taste = np.sqrt(dimensions) * unit_rows(rng, config.num_segments, dimensions)
-        self._personal_taste = rng.normal(size=(config.num_users, dimensions))
+        self._personal_taste = np.zeros((config.num_accounts, dimensions))  # planted bots have none
+        self._personal_taste[: config.num_users] = rng.normal(size=(config.num_users, dimensions))
         self._trend = rng.normal(0.0, _TREND_SIGMA, config.num_categories)
 
     def _calibrated_intercept(self) -> float:
         """The intercept at which random slates of day 0 are clicked at `click_rate`, found by bisection."""
         config, rng = self.config, stream(self.config.seed, "calibration")
-        weights = self.users.activity / self.users.activity.sum()
+        weights = self.users.activity[: config.num_users]
+        weights = weights / weights.sum()
         users = rng.choice(config.num_users, _CALIBRATION_SAMPLE, p=weights)
         items = rng.choice(np.flatnonzero(self.items.published <= self.midnight), _CALIBRATION_SAMPLE)
         devices = rng.choice(len(DEVICES), _CALIBRATION_SAMPLE, p=DEVICE_SHARES)
@@ -248,10 +254,11 @@ class World:
             low, high = (middle, high) if mean < config.click_rate else (low, middle)
         return (low + high) / 2
 
-    def _relevance(self, users: Ints, utility: Utility) -> Floats:
+    def _relevance(self, users: Ints, items: Ints, utility: Utility) -> Floats:
         kind = self.users.kind[users]
         relevance = _sigmoid(utility.main + utility.interaction)
-        return np.where(kind == PERSON, relevance, np.where(kind == CRAWLER, _CRAWLER_CLICK_PROBABILITY, 0.0))
+        relevance = np.where(kind == PERSON, relevance, np.where(kind == CRAWLER, _CRAWLER_CLICK_PROBABILITY, 0.0))
+        return self.bots.relevance(users, items, relevance)
 
     def _check_times(self, items: Ints, times: Times) -> None:
         tomorrow = midnight(self.config, self.day + 1)

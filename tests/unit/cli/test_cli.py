@@ -18,7 +18,9 @@ def _invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("command", ["run", "compile", "simulate", "train", "serve", "recommend"])
+@pytest.mark.parametrize(
+    "command", ["run", "compile", "simulate", "filter", "features", "stream", "train", "serve", "recommend"]
+)
 def test_every_command_has_help(command: str) -> None:
     code, output = _invoke(command, "--help")
     assert code == 0

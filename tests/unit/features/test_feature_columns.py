@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from evergreen.contracts.feature_tables import RANKER_TABLES
 from evergreen.contracts.mapping import Mapping
 from evergreen.contracts.training_set import ColumnKind, FeatureOrigin
 from evergreen.features.columns import feature_columns
 from evergreen.features.request import REQUEST_SCHEMA
-from evergreen.features.schema import feature_table_schemas
+from evergreen.features.schema import feature_table_schema
 
 
 def mapping(**features: dict[str, str]) -> Mapping:
@@ -26,7 +27,7 @@ def mapping(**features: dict[str, str]) -> Mapping:
 def test_every_service_column_but_raw_timestamps_is_offered() -> None:
     log = mapping()
     keys = {"user_id", "item_id", "category", "event_timestamp"}
-    columns = {name for schema in feature_table_schemas(log).values() for name in schema.names} - keys
+    columns = {column for name in RANKER_TABLES for column in feature_table_schema(name, log).names} - keys
     timestamps = {name for name in columns if name.endswith(("_timestamp", "_first_seen"))}
     offered = {feature.name for feature in feature_columns(log)}
     assert offered == (columns - timestamps) | {"user_id", "item_id"} | set(REQUEST_SCHEMA.names)

@@ -214,6 +214,6 @@ def test_mapping_cannot_take_the_name_of_a_computed_feature() -> None:
 def test_expressions_compile_for_spark(kind: str) -> None:
     log = mapping(kind, "10m", user_features={"country": "categorical"}, item_features={"tags": "multi"})
     events = ibis.table(ibis.Schema.from_pyarrow(pa.schema(list(event_schema(log)))), name="events")
-    for name, table in feature_table_expressions(events, log, last_hour=480_000).items():
+    for name, table in feature_table_expressions(events, log, as_of=at(0)).items():
         # Databricks is Ibis's PySpark compiler, which alone needs no Spark to be installed.
         assert "FROM `events`" in str(ibis.to_sql(table, dialect="databricks")), name

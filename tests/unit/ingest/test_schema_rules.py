@@ -302,3 +302,36 @@ def test_when_nothing_fits_the_error_shows_why(ingest: Any, clicks: Any) -> None
         ingest(clicks(), "time,user,item,click\n1574553663,u,i,0\n1574553664,u,i,1\n")
     assert 'unit = "s"?' in str(error.value)
     assert "log.csv, line 2: 1574553663,u,i,0" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "expected"),
+    [
+        ("iso", "2024-01-01 00:00:05.25", datetime(2024, 1, 1, 0, 0, 5, 250000, UTC)),
+        ("iso", "2024-01-01T01:00:05+01:00", datetime(2024, 1, 1, 0, 0, 5, tzinfo=UTC)),
+        ("iso", "2024-01-01", datetime(2024, 1, 1, tzinfo=UTC)),
+        ("iso", "", None),
+        ("iso", "2023-12-31T23:59:59", "click_timestamp: before the event"),
+        ("iso", "soon", "click_timestamp: not a time"),
+        ("iso", "2200-01-01", "click_timestamp: outside 1990-2100"),
+        ("ms", "1704067205250", datetime(2024, 1, 1, 0, 0, 5, 250000, UTC)),
+        ("ms", "1704067205", "click_timestamp: before the event"),
+    ],
+)
+def test_click_timestamp_is_written_like_the_events(
+    ingest: Any, clicks: Any, unit: str, text: str, expected: object
+) -> None:
+    columns = {"user_id": "user", "item_id": "item", "click_timestamp": "x"}
+    time = {"iso": GOOD, "ms": "1704067200000"}[unit]
+    log = f"time,user,item,click,x\n{time},keep,me,0,\n{time},u,i,1,{text}\n"
+    result = ingest(clicks(columns=columns, timestamp={"column": "time", "unit": unit}), log)
+    assert (result.rejected[0]["reason"] if result.rejected else result.rows[-1]["click_timestamp"]) == expected
+
+
+def test_click_timestamp_takes_the_mappings_time_zone(ingest: Any, clicks: Any) -> None:
+    columns = {"user_id": "user", "item_id": "item", "click_timestamp": "x"}
+    time = {"column": "time", "timezone": "Europe/Berlin"}
+    log = "time,user,item,click,x\n2024-01-01 00:00,u,i,1,2024-01-01 00:05\n"
+    row = ingest(clicks(columns=columns, timestamp=time), log).rows[0]
+    assert row["click_timestamp"] == datetime(2023, 12, 31, 23, 5, tzinfo=UTC)
+    assert row["event_timestamp"] == datetime(2023, 12, 31, 23, 0, tzinfo=UTC)

@@ -162,6 +162,18 @@ def test_only_clicked_items_have_dwell_and_some_a_rating(simulation):
     assert set(rating[rated]) <= {1.0, 2.0, 3.0, 4.0, 5.0} and len(set(rating[rated])) >= 4
 
 
+def test_a_click_comes_seconds_after_its_impression_and_within_the_attribution_window(simulation):
+    events = simulation.events
+    clicked = events["clicked"].to_numpy()
+    assert (events["click_timestamp"].is_null().to_numpy() == ~clicked).all()
+    events = events.filter(events["clicked"])
+    delays = (_column(events, "click_timestamp") - _column(events, "event_timestamp")) / np.timedelta64(1, "s")
+    assert delays.min() > 0 and delays.max() < Mapping.load("simulated").split.attribution_window.total_seconds()
+    people = ~_column(simulation.truth, "is_bot")[clicked]
+    assert 4 < np.median(delays[people]) < 9
+    assert np.log(delays[people]).std() == pytest.approx(1.0, abs=0.15)
+
+
 def test_bots_are_there_and_only_the_truth_tells(simulation):
     world = World(simulation.config)
     users, clicked = simulation.events["user_id"].to_numpy(), _column(simulation.events, "clicked")
@@ -170,6 +182,8 @@ def test_bots_are_there_and_only_the_truth_tells(simulation):
     assert crawler.sum() >= 40 and clicked[crawler].mean() > 0.9
     assert silent.sum() >= 900 and clicked[silent].sum() == 0
     assert ((crawler | silent) == _column(simulation.truth, "is_bot")).all()
+    kinds = np.where(crawler, "crawler", np.where(silent, "silent_bot", "person"))
+    assert kinds.tolist() == simulation.truth["user_kind"].to_pylist()
 
 
 def test_unknown_attributes_are_null_for_a_few(simulation):

@@ -1,0 +1,1 @@
+"""The stream: click events from Kafka become the features of the last minutes, as they happen."""
