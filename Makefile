@@ -13,7 +13,7 @@ WORKERS ?= 2
 ##@ Use
 .PHONY: help
 help:  ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: .venv/.ready  ## Install uv (by pip, if missing) and the locked environment into .venv
@@ -64,6 +64,16 @@ benchmark: setup  ## Measure against FuxiCTR, Vowpal Wabbit, the truth (DESKDROP
 	$(RUN)python benchmarks/truth.py --models dlrm --out benchmarks/truth.md
 	$(RUN)python benchmarks/truth.py --models dlrm --out benchmarks/truth_settled.md \
 	  --world '{"taste_half_life_days": 365, "segment_taste_share": 0.9}'
+
+.PHONY: benchmark-data
+benchmark-data: setup  ## Measure joins, materialization, Spark, the stream and the filter; wants redis-server, Java and Maven
+	$(RUN)python benchmarks/point_in_time.py --out benchmarks/point_in_time.md
+	$(RUN)python benchmarks/materialize.py --out benchmarks/materialize.md
+	$(RUN)python benchmarks/growth.py --out benchmarks/growth.md
+	$(RUN)python benchmarks/spark.py --out benchmarks/spark.md
+	$(RUN)python -m benchmarks.stream
+	$(RUN)python benchmarks/fraud.py $(if $(DESKDROP),--deskdrop $(DESKDROP)) --out benchmarks/fraud.md
+	$(if $(NAB),$(RUN)python benchmarks/alarms.py --nab $(NAB) --out benchmarks/alarms.md)
 
 .PHONY: quality
 quality: setup  ## Published settings on files that you give: FRAPPE=folder ML1M=file (benchmarks/quality/README.md)

@@ -1,9 +1,10 @@
 """The point-in-time join: Evergreen's offline store, the bare DuckDB ASOF JOIN, and Feast's own DuckDB store.
 
-    python benchmarks/point_in_time.py [--rows 1000000] [--stores evergreen asof feast] [--rounds 3]
-        [--out benchmarks/point_in_time.md]
+    python benchmarks/point_in_time.py [--rows 1000000] [--times during after] [--stores evergreen asof feast]
+        [--rounds 3] [--out benchmarks/point_in_time.md]
 
-Three views of ten numbers, 50,000 keys a view, 28 daily rows a key. Every join runs in a process of its own, the
+Three views of ten numbers, 50,000 keys a view, 28 daily rows a key. Entity rows ask at any time during these days (half
+of a key's rows are known then) or on the day after them (all 28 are). Every join runs in a process of its own, the
 stores by turns; all must give the same sums. CPU seconds are of all threads, from the entity rows in memory to the
 result in Arrow; peak memory is what the process gains over its imports and entity rows, and what it holds in all.
 """
@@ -46,7 +47,7 @@ def keys(codes: np.ndarray) -> pa.Array:
     return pa.array(np.char.add("k", codes.astype(str)))
 
 
-def write_data(folder: Path, num_rows: int) -> None:
+def write_data(folder: Path, num_rows: int, times: str) -> None:
     """Write the views' tables, sorted by key and time as Evergreen's feature tables are, and the entity rows."""
     generator = np.random.default_rng(0)
     day = 86_400_000_000
@@ -58,7 +59,8 @@ def write_data(folder: Path, num_rows: int) -> None:
         table = pa.table({key: keys(codes), "event_timestamp": pa.array(at, pa.int64()).cast(MICROS), **values})
         pq.write_table(table, folder / f"{view}.parquet", compression="zstd", row_group_size=102_400)
     entities = {key: keys(generator.integers(0, NUM_KEYS, num_rows)) for key in VIEWS.values()}
-    at = start + generator.integers(0, (NUM_DAYS + 1) * day, num_rows)
+    first_day = 0 if times == "during" else NUM_DAYS
+    at = start + generator.integers(first_day * day, (NUM_DAYS + 1) * day, num_rows)
     entities["event_timestamp"] = pa.array(at, pa.int64()).cast(MICROS)
     pq.write_table(pa.table(entities), folder / "entities.parquet")
 
@@ -177,29 +179,12 @@ def measure(folder: Path, names: list[str], rounds: int) -> dict[str, list[dict[
     return runs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--stores", nargs="+", choices=[*OFFLINE_STORES, ASOF], default=["evergreen", ASOF, "feast"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--join", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.join:
-        print(json.dumps(join(arguments.folder, arguments.join)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), arguments.rows)
-        runs = measure(Path(folder), arguments.stores, arguments.rounds)
+def table(times: str, runs: dict[str, list[dict[str, float]]]) -> list[str]:
     equal = len({json.dumps([run["rows"], run["sums"], run["nulls"]]) for of in runs.values() for run in of}) == 1
     ours = min(run["cpu_s"] for run in runs["evergreen"]) if "evergreen" in runs else float("nan")
     lines = [
-        f"# Point-in-time join, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
-        f"DuckDB {duckdb.__version__}",
         "",
-        f"{arguments.rows:,} entity rows × {len(VIEWS)} views × {NUM_FEATURES} features, {NUM_DAYS} rows a key, least "
-        f"of {arguments.rounds} rounds; the results are {'equal' if equal else 'NOT EQUAL'}.",
+        f"Entity rows {times} the days of the feature rows; the results are {'equal' if equal else 'NOT EQUAL'}.",
         "",
         "| | CPU s | against Evergreen's | wall s | memory gained MiB | peak RSS MiB |",
         "|---|---:|---:|---:|---:|---:|",
@@ -210,6 +195,33 @@ def main() -> None:
             f"| {name} | {least['cpu_s']:.1f} | {least['cpu_s'] / ours:.2f} | {least['wall_s']:.1f} "
             f"| {least['gained_mib']:.0f} | {least['peak_mib']:.0f} |"
         )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--times", nargs="+", choices=["during", "after"], default=["during", "after"])
+    parser.add_argument("--stores", nargs="+", choices=[*OFFLINE_STORES, ASOF], default=["evergreen", ASOF, "feast"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--join", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.join:
+        print(json.dumps(join(arguments.folder, arguments.join)))
+        return
+    lines = [
+        f"# Point-in-time join, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
+        f"DuckDB {duckdb.__version__}",
+        "",
+        f"{arguments.rows:,} entity rows × {len(VIEWS)} views × {NUM_FEATURES} features, {NUM_DAYS} rows a key; least of "
+        f"{arguments.rounds} rounds.",
+    ]
+    for times in arguments.times:
+        with tempfile.TemporaryDirectory() as folder:
+            write_data(Path(folder), arguments.rows, times)
+            lines += table(times, measure(Path(folder), arguments.stores, arguments.rounds))
     print("\n".join(lines))
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,10 +20,11 @@ def simulate() -> None:
 @click.option("--num-items", type=int, default=500, show_default=True)
 @click.option("--num-days", type=int, default=30, show_default=True)
 @click.option("--events-per-day", type=int, default=10_000, show_default=True, help="Impressions a day.")
+@click.option("--num-fast-crawlers", type=int, default=0, show_default=True, help="Bots that click all they see.")
+@click.option("--num-farm-accounts", type=int, default=0, show_default=True, help="Accounts that push a few items.")
+@click.option("--num-mimics", type=int, default=0, show_default=True, help="Bots with the pace and hours of people.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def simulate_log_command(
-    out: Path, num_users: int, num_items: int, num_days: int, events_per_day: int, seed: int
-) -> None:
+def simulate_log_command(out: Path, **settings: Any) -> None:
     """Write a click log with known click probabilities.
 
     The log is OUT/events, to be read with `--mapping simulated`; the truth is OUT/truth, which training never reads.
@@ -31,10 +33,5 @@ def simulate_log_command(
     from evergreen.simulator.log import simulate_log
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = SimulatorConfig(
-        num_users=num_users, num_items=num_items, num_days=num_days, events_per_day=events_per_day, seed=seed
-    )
-    simulate_log(config, out)
-    click.echo(
-        f"{out}: {num_days * events_per_day:,} impressions; next: evergreen run --mapping simulated --data {out}"
-    )
+    simulate_log(SimulatorConfig(**settings), out)
+    click.echo(f"next: evergreen run --mapping simulated --data {out}")

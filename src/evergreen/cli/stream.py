@@ -6,14 +6,18 @@ import logging
 import signal
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from evergreen.contracts.mapping import Mapping, parse_duration
+from evergreen.contracts.mapping import LogKind, Mapping, parse_duration
+
+if TYPE_CHECKING:
+    from evergreen.fraud.rules import Limits
+    from evergreen.stream.state import Event
 
 
 def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> timedelta | None:
@@ -67,6 +71,12 @@ def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option(
     "--kafka-option", "options", callback=_options, multiple=True, help="librdkafka's NAME=VALUE. Repeatable."
 )
+@click.option(
+    "--suspicious",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=None,
+    help="Labels of `evergreen filter`: events that break its rules, by its limits, are counted.",
+)
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=None, help="Serve Prometheus metrics here.")
 def stream(
     brokers: str,
@@ -79,12 +89,14 @@ def stream(
     rewind: timedelta | None,
     future_tolerance: timedelta,
     options: dict[str, str],
+    suspicious: Path | None,
     metrics_port: int | None,
 ) -> None:
     """Keep the features of the last minutes fresh from a Kafka topic, until interrupted."""
     from evergreen.contracts.feature_tables import FeatureTables
     from evergreen.contracts.instant import from_micros
     from evergreen.features.push import PushTarget
+    from evergreen.fraud.labels import SuspiciousEvents
     from evergreen.stream.clock import CLOCKS, ClockKind
     from evergreen.stream.consumer import DeadLetters, StreamConsumer, StreamSettings
     from evergreen.stream.processor import Processor, Row
@@ -119,6 +131,34 @@ def stream(
     with tempfile.TemporaryDirectory(prefix="evergreen-stream-") as scratch:
         records = Records(log, Path(scratch), future_tolerance=future_tolerance)
         processor = Processor(
-            records, state, clock=CLOCKS[ClockKind(clock)], write=write, reject=DeadLetters(settings).deliver
+            records,
+            state,
+            clock=CLOCKS[ClockKind(clock)],
+            write=write,
+            reject=DeadLetters(settings).deliver,
+            judge=fraud_rules(SuspiciousEvents.load(suspicious).manifest.limits, log.kind) if suspicious else None,
         )
         StreamConsumer(settings, processor, stop).run()
+
+
+def fraud_rules(limits: Limits, kind: LogKind) -> Callable[[Event], Iterable[str]]:
+    """The rules of `evergreen filter` over the stream's events.
+
+    Args:
+        limits: as `evergreen filter` calibrated them.
+        kind: of the log.
+
+    Returns:
+        What an event breaks; events of a user must come in order.
+    """
+    from evergreen.fraud import streaming
+
+    rules = streaming.EventRules(limits, kind)
+
+    def judge(event: Event) -> Iterable[str]:
+        clicked = event.known is not None
+        return rules.update(
+            streaming.Event(event.user_id, event.item_id, event.request_id, event.at, clicked, event.clicked_at)
+        )
+
+    return judge

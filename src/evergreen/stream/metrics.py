@@ -7,6 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 EVENTS = Counter("evergreen_stream_events", "Events taken into the features.")
 LATE_EVENTS = Counter("evergreen_stream_late_events", "Of these, events too old for any window.")
 LEFT_OUT = Counter("evergreen_stream_left_out", "Good messages that the mapping leaves out.", ["reason"])
+SUSPICIOUS = Counter("evergreen_stream_suspicious", "Events that break a rule of fraud.", ["reason"])
 DEAD_LETTERS = Counter("evergreen_stream_dead_letters", "Messages that break the schema.", ["reason"])
 REPLAYED = Counter("evergreen_stream_replayed", "Messages that were read again and skipped.")
 MISSED = Counter("evergreen_stream_missed", "Messages that Kafka deleted before they were read.")

@@ -46,6 +46,7 @@ class Processor:
         clock: Clock,
         write: Callable[[Sequence[Row]], None],
         reject: Callable[[Sequence[Reject]], None],
+        judge: Callable[[Event], Iterable[str]] | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -55,12 +56,15 @@ class Processor:
             clock: says what time it is for a partition.
             write: writes rows to the online store; the newest of a user is kept there.
             reject: delivers bad messages to the dead letters before it returns.
+            judge: the rules of fraud that an event breaks. They are counted; the event stays in the features of its
+                own user, so that a replay, which the rules' state does not outlive, gives the same values.
         """
         self._records = records
         self._store = store
         self._clock = clock
         self._write = write
         self._reject = reject
+        self._judge = judge
         self._partitions: dict[int, _Partition] = {}
 
     def open(self, partitions: Iterable[int]) -> dict[int, Mark | None]:
@@ -102,6 +106,10 @@ class Processor:
         if rows:
             self._write(rows)
         self._count(messages, fresh, [event for _, event in checked.events], rows)
+        if self._judge is not None:
+            for _, event in checked.events:
+                for rule in self._judge(event):
+                    metrics.SUSPICIOUS.labels(rule).inc()
         for reason, count in checked.left_out.items():
             metrics.LEFT_OUT.labels(reason).inc(count)
         for rejected in checked.rejects:

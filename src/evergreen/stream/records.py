@@ -81,7 +81,7 @@ class Records:
         self._window_us = mapping.split.attribution_window // _MICROSECOND
         self._separators = {f.column: f.separator for f in mapping.all_features.values()}
         self._schema = pa.schema([(name, pa.string()) for name in needed_columns(mapping)])
-        wanted = f"user_id, item_id, clicked, rating, epoch_us(click_timestamp), {TIME_US}"
+        wanted = f"user_id, item_id, request_id, clicked, rating, epoch_us(click_timestamp), {TIME_US}"
         query = block_query(mapping, self._schema, None)
         self._query = f"SELECT {ROW}, {REASON}, {LEFT_OUT}, {wanted} FROM ({query}) ORDER BY {ROW}"
         self._connection = connect(mapping, scratch)
@@ -166,6 +166,7 @@ class Records:
         message: Message,
         user: str,
         item: str | None,
+        request: str | None,
         clicked: bool | None,
         rating: float | None,
         click_us: int | None,
@@ -174,14 +175,14 @@ class Records:
         """What counts, as `activity.with_labels` and `recent` have it."""
         match self._mapping.kind:
             case LogKind.IMPRESSIONS if clicked and click_us is not None:
-                return Event(user, item, at, known=click_us, seen=click_us, offset=message.offset)
+                return Event(user, item, at, click_us, click_us, message.offset, request, click_us)
             case LogKind.IMPRESSIONS:
                 known = at + self._window_us if clicked else None
             case LogKind.RATINGS:
                 known = at if rating is not None else None
             case LogKind.INTERACTIONS:
                 known = at
-        return Event(user, item, at, known=known, seen=at, offset=message.offset)
+        return Event(user, item, at, known, seen=at, offset=message.offset, request_id=request)
 
     def _refusal(self, message: Message, event: Event) -> str | None:
         """What only a stream can get wrong."""

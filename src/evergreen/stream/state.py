@@ -32,6 +32,9 @@ class Event:
     """The latest time that the event itself tells of: its own, or its click's."""
     offset: int
     """Its place in its partition, which decides between positives of one instant as the order of rows does in a log."""
+    request_id: str | None = None
+    clicked_at: int | None = None
+    """When it was clicked, where the log knows it."""
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from evergreen.contracts.mapping import Mapping
 from evergreen.stream.clock import Clock, event_clock
 from evergreen.stream.processor import Processor, Row
 from evergreen.stream.records import Message, Records, Reject
+from evergreen.stream.state import Event
 from evergreen.stream.store import SqliteStateStore
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
@@ -74,6 +75,7 @@ class Stream:
     online: Online = field(default_factory=Online)
     rejects: list[Reject] = field(default_factory=list)
     partitions: tuple[int, ...] = (0,)
+    judge: Callable[[Event], Iterable[str]] | None = None
 
     def __post_init__(self) -> None:
         self.restart()
@@ -83,7 +85,7 @@ class Stream:
         store = SqliteStateStore(self.folder / "stream.db", "clicks")
         records = Records(self.log, self.folder)
         self.processor = Processor(
-            records, store, clock=self.clock, write=self.online.write, reject=self.rejects.extend
+            records, store, clock=self.clock, write=self.online.write, reject=self.rejects.extend, judge=self.judge
         )
         self.processor.open(self.partitions)
         return self.processor

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from evergreen.cli.stream import stream
+from evergreen.cli.stream import fraud_rules, stream
 from evergreen.contracts.errors import ArtifactError, InputError
+from evergreen.contracts.mapping import LogKind
+from evergreen.fraud.rules import limits_for
+from evergreen.stream import metrics
 from evergreen.stream.consumer import StreamConsumer, StreamSettings
 from tests.servers import free_port
-from tests.unit.stream.conftest import Stream, mapping
+from tests.unit.stream.conftest import Stream, event, mapping
 
 OPTIONS = ["--brokers", "127.0.0.1:1", "--topic", "clicks"]
 
@@ -44,3 +47,16 @@ def test_broker_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytes
     processor = Stream(tmp_path, mapping()).processor
     with pytest.raises(InputError, match=f"--brokers {address}: no answer"):
         StreamConsumer(settings, processor, threading.Event())
+
+
+def test_events_that_break_the_rules_of_fraud_are_counted_and_stay_in_the_features(tmp_path: Path) -> None:
+    limits = limits_for(LogKind.INTERACTIONS)
+    fast = metrics.SUSPICIOUS.labels("velocity")
+    before = fast._value.get()
+    s = Stream(tmp_path, mapping("interactions"), judge=fraud_rules(limits, LogKind.INTERACTIONS))
+    requests = limits.requests_per_minute + 5
+    s.send(*(event(i * 0.5 / requests, str(i)) for i in range(requests)), first=0)
+    assert fast._value.get() - before == 5
+    assert s.online.values()["events_1h"] == requests
+    s.send(*(event(i * 0.5 / requests, str(i)) for i in range(requests)), first=0)
+    assert fast._value.get() - before == 5, "what is read again is not judged again"
