@@ -215,8 +215,8 @@ def main() -> None:
         f"# Point-in-time join, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
         f"DuckDB {duckdb.__version__}",
         "",
-        f"{arguments.rows:,} entity rows × {len(VIEWS)} views × {NUM_FEATURES} features, {NUM_DAYS} rows a key; least of "
-        f"{arguments.rounds} rounds.",
+        f"{arguments.rows:,} entity rows × {len(VIEWS)} views × {NUM_FEATURES} features, {NUM_DAYS} rows a key; least "
+        f"of {arguments.rounds} rounds.",
     ]
     for times in arguments.times:
         with tempfile.TemporaryDirectory() as folder:

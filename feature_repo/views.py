@@ -4,7 +4,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from entities import category, item, user
 from feast import FeatureView, Field
 from feast.types import Array, FeastType, Float64, Int64, String, UnixTimestamp
@@ -17,7 +16,7 @@ from sources import (
     user_profile_table,
 )
 
-from evergreen.contracts.feature_tables import JOIN_KEYS, RECENT_WINDOWS_MINUTES, WINDOWS_HOURS
+from evergreen.contracts.feature_tables import JOIN_KEYS, RECENT_WINDOWS_MINUTES, WINDOWS_HOURS, FeatureTables
 
 # The tables are sparse in time: a row holds until the next one of its key, however long that takes. A ttl would turn
 # the features of everybody who was quiet for longer into nulls.
@@ -31,11 +30,11 @@ def windowed(prefix: str) -> list[Field]:
 
 
 def attributes(name: str) -> list[Field]:
-    """Fields of a profile table, from its Parquet file: which attributes there are differs from log to log.
+    """Fields of a profile table, from its Parquet files: which attributes there are differs from log to log.
 
     Feast can infer a schema too, but does not know the lists that Parquet holds.
     """
-    schema = pq.read_schema(Path(__file__).parent / "data" / f"{name}.parquet")
+    schema = FeatureTables.load(Path(__file__).parent / "data").schema(name)
     keys = (*JOIN_KEYS[name], "event_timestamp")
     return [Field(name=field.name, dtype=feast_type(field.type)) for field in schema if field.name not in keys]
 

@@ -50,7 +50,9 @@ def test_the_run_ends_with_recommendations_and_the_path_of_the_report(done: tupl
 
 
 def test_the_summary_tells_snapshot_and_splits(done: tuple[Path, str], summary: dict) -> None:
-    assert summary["snapshot"]["rows"] == 8 * 1500
+    suspicious = sum(summary["snapshot"]["left_out"].values())
+    assert summary["snapshot"]["rows"] + suspicious == 8 * 1500
+    assert 0 < suspicious < 0.1 * 8 * 1500, "the simulated log has a crawler and a silent bot"
     assert len(summary["snapshot"]["id"]) == 64
     assert summary["splits"]["train"]["end"] < summary["splits"]["validation"]["start"]
     assert summary["splits"]["validation"]["end"] < summary["splits"]["test"]["start"]
@@ -84,7 +86,8 @@ def test_what_a_person_looks_for_lies_on_top(done: tuple[Path, str], summary: di
     assert "<html" in (out / "report.html").read_text()[:500].lower()
     assert "<html" in (out / "drift.html").read_text()[:5000].lower()
     assert ModelPackage.load(out / "model").version == summary["champion"]["version"]
-    (snapshot,) = (out / "pipeline").glob("*/ingest-log/snapshot")
+    assert "<html" in (out / "suspicious.html").read_text()[:500].lower()
+    (snapshot,) = (out / "pipeline").glob("*/filter-events/filtered")
     assert Snapshot.load(snapshot, verify=True).id == summary["snapshot"]["id"]
 
 

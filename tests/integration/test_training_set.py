@@ -155,3 +155,31 @@ def test_a_feature_that_says_nothing_is_dropped_with_its_reason(tmp_path: Path) 
     built = build_training_set(snapshot, tables, Joined(tables), tmp_path / "set")
     assert built.manifest.dropped_features["constant"] == "constant in the training rows: 7.0"
     assert "constant" not in built.read("train").column_names
+
+
+def test_rows_joined_in_parts_are_those_joined_at_once(
+    log: tuple[Snapshot, FeatureTables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, tables = log
+    whole = build_training_set(snapshot, tables, Joined(tables), tmp_path / "whole")
+    monkeypatch.setattr("evergreen.training.dataset._JOINED_ROWS", 100)
+    parts = build_training_set(snapshot, tables, Joined(tables), tmp_path / "parts")
+    assert parts.manifest.features == whole.manifest.features
+    assert parts.manifest.dropped_features == whole.manifest.dropped_features
+    for split, info in whole.manifest.splits.items():
+        assert parts.read(split).equals(whole.read(split))
+        assert parts.manifest.splits[split].rows == info.rows
+        assert parts.manifest.splits[split].positives == info.positives
+
+
+def test_feature_that_changes_only_late_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evergreen.training.dataset._JOINED_ROWS", 50)
+    _log(tmp_path / "log.parquet", 900)
+    mapping = Mapping.load(READING.replace('device = "categorical"', 'late = { column = "late", type = "numeric" }'))
+    table = pq.read_table(tmp_path / "log.parquet").sort_by(mapping.timestamp.column)
+    late = [0.0] * 400 + [1.0] * (table.num_rows - 400)
+    pq.write_table(table.append_column("late", pa.array(late)), tmp_path / "log.parquet")
+    snapshot = ingest_log(mapping, str(tmp_path / "log.parquet"), tmp_path / "snapshot")
+    tables = build_feature_tables(snapshot, tmp_path / "tables")
+    built = build_training_set(snapshot, tables, Joined(tables), tmp_path / "set")
+    assert "late" in {feature.name for feature in built.manifest.features}

@@ -153,7 +153,11 @@ class TrainingSet:
         return self.path / f"{split}.parquet"
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
-        """Rows of a split in time order."""
+        """Rows of a split in time order; by default all columns but the features that say nothing."""
+        if columns is None:
+            names = {field.name for field in ROW_FIELDS}
+            dropped = self.manifest.dropped_features.keys() - names
+            columns = [name for name in pq.read_schema(self.file(split)).names if name not in dropped]
         return pq.read_table(self.file(split), columns=columns)
 
     def check_order(self) -> None:

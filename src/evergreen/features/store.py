@@ -319,9 +319,12 @@ def _replace(source: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     if source.is_dir():
         shutil.copytree(source, partial)
-        shutil.rmtree(target)
     else:
         shutil.copyfile(source, partial)
+    if target.is_dir():
+        shutil.rmtree(target)
+    elif partial.is_dir():
+        target.unlink(missing_ok=True)
     partial.replace(target)
 
 

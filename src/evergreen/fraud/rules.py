@@ -33,6 +33,8 @@ from evergreen.contracts.mapping import LogKind
 MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
 """In microseconds, which is how times are counted here."""
 
+SAME_PAGE_MS = 1_000
+"""Clicks nearer than this are two on one page, and no pace; who keeps it up is caught by `velocity`."""
 RECENT_CLICKS = 64
 """How many of a user's last clicks the rules remember."""
 
@@ -247,7 +249,7 @@ def _regular_clicks(limits: Limits) -> str:
     ), sums AS (
         SELECT event_id, count(gap) OVER last AS num, max(gap) OVER last AS longest,
                sum(gap) OVER last AS total, sum(gap * gap) OVER last AS squares
-        FROM gaps WHERE gap > 0
+        FROM gaps WHERE gap >= {SAME_PAGE_MS}
         WINDOW last AS (PARTITION BY user_id ORDER BY place ROWS {limits.regular_gaps - 1} PRECEDING)
     )
     SELECT event_id, '{Reason.REGULAR_CLICKS}' FROM sums

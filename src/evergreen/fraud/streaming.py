@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from evergreen.contracts.mapping import LogKind
-from evergreen.fraud.rules import DAY, HOUR, MINUTE, RECENT_CLICKS, Limits, Reason, evidence
+from evergreen.fraud.rules import DAY, HOUR, MINUTE, RECENT_CLICKS, SAME_PAGE_MS, Limits, Reason, evidence
 
 _VOTES = 4_096
 """Votes of an item that are kept: the limit is passed long before."""
@@ -134,7 +134,7 @@ class EventRules:
         longest = limits.longest_gap_seconds * 1000
         gap = 0 if user.last_click is None else min(abs(clicked_at - user.last_click) // 1000, longest + 1)
         user.last_click = clicked_at
-        if not gap:
+        if gap < SAME_PAGE_MS:
             return False
         gaps = user.gaps
         gaps.append(gap)

@@ -19,7 +19,7 @@ from evergreen.models.factorization_machine import FactorizationMachine, Factori
 from evergreen.models.inputs import InputSpec
 from evergreen.models.layers import hidden_layers
 
-_NUMERIC_LIMIT = 3.0
+NUMERIC_LIMIT = 3.0
 """Standard deviations beyond which a number is cut: L layers raise it to the power L + 1."""
 
 
@@ -64,23 +64,23 @@ class DCNv2(FactorizationMachine):
 
     def __init__(self, config: DCNv2Config, spec: InputSpec) -> None:
         super().__init__(config, spec)
-        self._parallel = config.structure == "parallel"
+        self.parallel = config.structure == "parallel"
         width = (len(spec.categorical) + len(spec.bags)) * config.embedding_dim + spec.numeric_width
         self.cross = nn.ModuleList(CrossLayer(width, rank=config.rank) for _ in range(config.cross_layers))
         layers = hidden_layers(width, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm)
         self.deep = nn.Sequential(*layers)
         num_inputs = config.hidden[-1] if config.hidden else width
-        self.last = nn.Linear(num_inputs + width if self._parallel else num_inputs, 1)
+        self.last = nn.Linear(num_inputs + width if self.parallel else num_inputs, 1)
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) factorization machine plus a linear function of the cross layers and the deep part."""
         weights, vectors = self.rows(categorical, bags)
-        x0 = torch.cat([vectors.flatten(1), numeric.clamp(-_NUMERIC_LIMIT, _NUMERIC_LIMIT)], dim=1)
+        x0 = torch.cat([vectors.flatten(1), numeric.clamp(-NUMERIC_LIMIT, NUMERIC_LIMIT)], dim=1)
         x = x0
         for layer in self.cross:
             x = layer(x0, x)
-        x = torch.cat([x, self.deep(x0)], dim=1) if self._parallel else self.deep(x)
+        x = torch.cat([x, self.deep(x0)], dim=1) if self.parallel else self.deep(x)
         network: Tensor = self.last(x).squeeze(1)
         return self.interactions(weights, vectors, numeric) + network

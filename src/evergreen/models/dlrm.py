@@ -19,7 +19,7 @@ from evergreen.models.base import ModelConfig, RankingModel
 from evergreen.models.inputs import InputSpec
 from evergreen.models.layers import FirstOrder, SharedTable, multilayer_perceptron
 
-_NUMERIC_LIMIT = 3.0
+NUMERIC_LIMIT = 3.0
 """Standard deviations beyond which a number is cut, or dot products run away when a feature drifts."""
 
 
@@ -51,7 +51,7 @@ class DLRM(RankingModel):
 
     def __init__(self, config: DLRMConfig, spec: InputSpec) -> None:
         super().__init__(spec)
-        self._exponent = config.history_exponent
+        self.exponent = config.history_exponent
         self.table = SharedTable(spec, 1 + config.embedding_dim, init_std=config.init_std)
         with torch.no_grad():
             self.table.weight[:, 0] = 0.0
@@ -73,14 +73,14 @@ class DLRM(RankingModel):
         """(N,) first order terms, weighted dot products, and what the network makes of them."""
         rows = self.table.lookup(categorical)
         if self.spec.bags:
-            rows = torch.cat([rows, self.table.pool(bags, exponent=self._exponent)], dim=1)
+            rows = torch.cat([rows, self.table.pool(bags, exponent=self.exponent)], dim=1)
         weights, vectors = rows[:, :, 0], rows[:, :, 1:]
         first: Tensor = weights.sum(dim=1) + self.first_order(numeric)
         if self.top is None:
             return first
         inputs = []
         if self.bottom is not None:
-            numbers = self.bottom(numeric.clamp(-_NUMERIC_LIMIT, _NUMERIC_LIMIT))
+            numbers = self.bottom(numeric.clamp(-NUMERIC_LIMIT, NUMERIC_LIMIT))
             vectors = torch.cat([vectors, numbers.unsqueeze(1)], dim=1)
             inputs.append(numbers)
         dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)

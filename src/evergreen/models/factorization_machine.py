@@ -29,7 +29,7 @@ class FactorizationMachineConfig(ModelConfig):
     """Whether numbers, too, are multiplied with all other features."""
 
 
-_NUMERIC_LIMIT = 3.0
+NUMERIC_LIMIT = 3.0
 """Standard deviations beyond which a number is cut in products: their squares run away when a feature drifts."""
 
 
@@ -65,7 +65,7 @@ class FactorizationMachine(RankingModel):
         flat = vectors.flatten(1)
         total, squares = vectors.sum(dim=1), torch.linalg.vecdot(flat, flat)
         if self.numeric_vectors is not None:
-            limited = numeric.clamp(-_NUMERIC_LIMIT, _NUMERIC_LIMIT)
+            limited = numeric.clamp(-NUMERIC_LIMIT, NUMERIC_LIMIT)
             total = total + limited @ self.numeric_vectors
             squares = squares + limited.square() @ self.numeric_vectors.square().sum(dim=1)
         second = 0.5 * (total.square().sum(dim=1) - squares)

@@ -36,7 +36,12 @@ class LogisticRegression(RankingModel):
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) sum of the weights."""
-        total: Tensor = self.table.lookup(categorical).sum(dim=(1, 2)) + self.first_order(numeric)
+        total: Tensor = self.category_terms(categorical, bags) + self.first_order(numeric)
+        return total
+
+    def category_terms(self, categorical: Tensor, bags: Tensor) -> Tensor:
+        """(N,) sum of the weights of categories and of what bags hold."""
+        total: Tensor = self.table.lookup(categorical).sum(dim=(1, 2))
         if self._multi:
             total = total + self.table.pool(bags, exponent=1.0)[:, self._multi].sum(dim=(1, 2))
         return total

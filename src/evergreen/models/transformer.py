@@ -137,10 +137,10 @@ class Transformer(FactorizationMachine):
     def __init__(self, config: TransformerConfig, spec: InputSpec) -> None:
         super().__init__(config, spec)
         self._first, self._end = _place_of_history(spec)
-        self._candidate_places = _candidate_places(spec)
+        self.candidate_places = _candidate_places(spec)
         dim, width = config.embedding_dim, config.width
         self.history_input = nn.Linear(dim, width)
-        self.candidate_input = nn.Linear(len(self._candidate_places) * dim, width)
+        self.candidate_input = nn.Linear(len(self.candidate_places) * dim, width)
         self.encoder = CausalEncoder(
             width,
             layers=config.layers,
@@ -160,6 +160,10 @@ class Transformer(FactorizationMachine):
         """(N,) what DeepFM reads, and the history's states against the candidate."""
         return self.combine(categorical, numeric, bags, self.history_states(bags))
 
+    def history(self, bags: Tensor) -> Tensor:
+        """(N, L) table rows of the history, oldest first, PAD after its end."""
+        return bags[:, self._first : self._end]
+
     def history_states(self, bags: Tensor) -> Tensor:
         """(N, L, width) states after each item of the history; those at padding mean nothing.
 
@@ -167,20 +171,20 @@ class Transformer(FactorizationMachine):
         history however many candidates it has, and training costs what histories hold. An exported program, whose
         steps cannot depend on values, computes all rows in full.
         """
-        rows = bags[:, self._first : self._end]
+        rows = self.history(bags)
         if torch.compiler.is_exporting():
-            return self._encode(rows)
+            return self.encode_history(rows)
         distinct, place = torch.unique(rows, dim=0, return_inverse=True)
         lengths = (distinct != PAD).sum(dim=1)
         states = torch.zeros(*distinct.shape, self.history_input.out_features, device=rows.device)
         for chosen in lengths.argsort().chunk(_LENGTH_GROUPS):
             longest = int(lengths[chosen].max())
             if longest:
-                states[chosen, :longest] = self._encode(distinct[chosen, :longest]).to(states.dtype)
+                states[chosen, :longest] = self.encode_history(distinct[chosen, :longest]).to(states.dtype)
         return states[place]
 
-    def _encode(self, rows: Tensor) -> Tensor:
-        """(N, L, width) states of (N, L) table rows."""
+    def encode_history(self, rows: Tensor) -> Tensor:
+        """(N, L, width) states of histories of (N, L) table rows; those at padding mean nothing."""
         vectors = functional.embedding(rows, self.table.weight, padding_idx=PAD, sparse=True)[:, :, 1:]
         states: Tensor = self.encoder(self.history_input(vectors), (rows != PAD).sum(dim=1))
         return states
@@ -188,8 +192,8 @@ class Transformer(FactorizationMachine):
     def combine(self, categorical: Tensor, numeric: Tensor, bags: Tensor, states: Tensor) -> Tensor:
         """(N,) response of rows whose `history_states` are known."""
         weights, vectors = self.rows(categorical, bags)
-        candidate = self.candidate_input(vectors[:, self._candidate_places].flatten(1))
-        present = bags[:, self._first : self._end] != PAD
+        candidate = self.candidate_input(vectors[:, self.candidate_places].flatten(1))
+        present = self.history(bags) != PAD
         latest = last_states(states, present.sum(dim=1))
         attended = _attend(candidate, states, present)
         met = self.history_output(torch.cat([latest * candidate, attended * candidate], dim=1))

@@ -76,7 +76,7 @@ class TwoTower(RankingModel):
 
     def __init__(self, config: TwoTowerConfig, spec: InputSpec) -> None:
         super().__init__(spec)
-        self._config = config
+        self.config = config
         self._id_places = [place for place, field in enumerate(spec.categorical) if field.name in _ID_FIELDS]
         self._item_place = next((p for p in self._id_places if spec.categorical[p].name == ITEM_FIELD), None)
         if self._item_place is None:
@@ -103,7 +103,7 @@ class TwoTower(RankingModel):
 
     def _vectors(self, tower: _Tower, inputs: ModelInputs) -> Tensor:
         vectors: Tensor = tower(self.table, inputs)
-        return vectors / math.sqrt(self._config.temperature)
+        return vectors / math.sqrt(self.config.temperature)
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) dot products of user and item vectors."""
@@ -130,9 +130,9 @@ class TwoTower(RankingModel):
 
     def _is_candidate(self, clicked: Tensor) -> Tensor:
         """(N,) whether the item of a row is a candidate for other rows."""
-        if self._config.candidates == "all":
+        if self.config.candidates == "all":
             return torch.ones_like(clicked)
-        return clicked if self._config.candidates == "clicked" else ~clicked
+        return clicked if self.config.candidates == "clicked" else ~clicked
 
     def training_loss(self, inputs: ModelInputs, labels: Tensor) -> Tensor:
         """Mean over the rows with a click of -log of the probability that theirs is the item chosen.
@@ -170,18 +170,18 @@ class TwoTower(RankingModel):
 
     def _log_q(self, keys: Tensor) -> Tensor:
         """(N,) log of how often a candidate is the item of each key; an item without a row counts as average."""
-        if not self._config.correct_sampling or len(self.item_keys) == 0:
+        if not self.config.correct_sampling or len(self.item_keys) == 0:
             return torch.zeros(len(keys), device=keys.device)
         place = torch.searchsorted(self.item_keys, keys).clamp(max=len(self.item_keys) - 1)
         return torch.where(self.item_keys[place] == keys, self.log_frequency[place], self.log_average)
 
     def _drop_ids(self, categorical: Tensor) -> Tensor:
         """Read a share of user and item ids as unseen, when training."""
-        if not self.training or self._config.id_dropout == 0:
+        if not self.training or self.config.id_dropout == 0:
             return categorical
         categorical = categorical.clone()
         for place in self._id_places:
-            dropped = torch.rand(len(categorical), device=categorical.device) < self._config.id_dropout
+            dropped = torch.rand(len(categorical), device=categorical.device) < self.config.id_dropout
             categorical[dropped, place] = self.spec.categorical[place].unseen
             if place in self._second_place:
                 categorical[dropped, self._second_place[place]] = PAD
@@ -226,14 +226,18 @@ class _Tower(nn.Module):
             num_inputs = width
         self.network = nn.Sequential(*layers, nn.Linear(num_inputs, config.output_dim))
 
-    def forward(self, table: SharedTable, inputs: ModelInputs) -> Tensor:
-        """(N, output_dim) vectors of length 1."""
+    def network_inputs(self, table: SharedTable, inputs: ModelInputs) -> Tensor:
+        """(N, num_inputs) vectors of fields and bags, then numbers in the order of `numbers`."""
         vectors = table.lookup(torch.where(self.own, inputs.categorical, PAD))
         if self._has_bags:
             pooled = table.pool(torch.where(self.own_bags, inputs.bags, PAD), exponent=self._exponent)
             vectors = torch.cat([vectors, pooled], dim=1)
         chosen = vectors.index_select(1, self.fields).flatten(1)
-        x = self.network(torch.cat([chosen, inputs.numeric.index_select(1, self.numbers)], dim=1))
+        return torch.cat([chosen, inputs.numeric.index_select(1, self.numbers)], dim=1)
+
+    def forward(self, table: SharedTable, inputs: ModelInputs) -> Tensor:
+        """(N, output_dim) vectors of length 1."""
+        x = self.network(self.network_inputs(table, inputs))
         return functional.normalize(x, dim=1)
 
 

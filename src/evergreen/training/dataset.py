@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +44,10 @@ NOT_IN_CATALOGUE = "first interaction of its item: nobody could have recommended
 
 _OF_THE_SLATE = ("position", "propensity")
 """They belong to what was shown. Interactions lose them: drawn negatives have none, so they would tell the label."""
+_JOINED_ROWS = 2_000_000
+"""How many rows are joined and held at once: about 2 GB a million, most of it users' histories."""
+_ROW_GROUP_ROWS = 128 * 1024
+
 _OUTCOMES = ("rating", "dwell_seconds")
 """What came of an event; a drawn negative has none."""
 
@@ -99,9 +105,28 @@ def build_training_set(
     left_out = dict(spine.left_out)
     if embargoed := spine.table.num_rows - rows.num_rows:
         left_out[EMBARGO] = embargoed
-    logger.info("joining %s to %d rows", service, rows.num_rows)
-    joined = store.historical(rows.append_column("row_id", pa.array(np.arange(rows.num_rows))), service=service)
-    return _write(snapshot, joined, place, boundaries, out, service=service, left_out=left_out)
+    spine_rows = rows.append_column("row_id", pa.array(np.arange(rows.num_rows)))
+    splits = _SplitFiles(feature_columns(mapping), boundaries, snapshot.kind)
+    with atomic_directory(out) as scratch:
+        with splits.writing(scratch):
+            # In time order: what is joined at once is what has to be held at once.
+            for start in range(0, rows.num_rows, _JOINED_ROWS):
+                part = spine_rows.slice(start, _JOINED_ROWS)
+                logger.info("joining %s to rows %d to %d of %d", service, start, start + len(part), rows.num_rows)
+                splits.write(store.historical(part, service=service), place[start : start + len(part)])
+        features, dropped = splits.informative()
+        TrainingSetManifest(
+            snapshot_id=snapshot.id,
+            mapping=mapping,
+            as_of=snapshot.as_of,
+            feature_service=service,
+            embargo_seconds=mapping.split.attribution_window.total_seconds(),
+            splits=splits.info(),
+            features=tuple(features),
+            dropped_features=dropped,
+            left_out=left_out,
+        ).write(scratch / TrainingSet.MANIFEST)
+    return TrainingSet.load(out)
 
 
 def _micros(table: pa.Table) -> NDArray[np.int64]:
@@ -170,70 +195,105 @@ def _interaction_spine(snapshot: Snapshot, tables: FeatureTables, seed: int) -> 
     return _Spine(rows.take(pa.array(order)), {reason: n for reason, n in left_out.items() if n})
 
 
-def _write(
-    snapshot: Snapshot,
-    joined: pa.Table,
-    place: NDArray[np.int8],
-    boundaries: SplitBoundaries,
-    out: Path,
-    *,
-    service: str,
-    left_out: dict[str, int],
-) -> TrainingSet:
-    train = joined.filter(pa.array(place == SPLITS.index("train")))
-    features, dropped = _informative(train, feature_columns(snapshot.mapping))
-    if not features:
-        raise TrainingError(
-            "no feature says anything about this log: every column is constant or missing. Name feature columns in the "
-            "mapping ([user_features], [item_features], [context_features])"
-        )
-    if dropped:
-        logger.info("%d features say nothing on this log and are dropped: %s", len(dropped), ", ".join(sorted(dropped)))
-    names = [field.name for field in ROW_FIELDS]
-    names += [feature.name for feature in features if feature.name not in names]
-    splits = {}
-    with atomic_directory(out) as scratch:
+class _SplitFiles:
+    """The Parquet files of the splits while they are written, and what is learned of their columns on the way."""
+
+    def __init__(self, features: tuple[Feature, ...], boundaries: SplitBoundaries, kind: LogKind) -> None:
+        self._features = features
+        self._boundaries = boundaries
+        self._kind = kind
+        names = [field.name for field in ROW_FIELDS]
+        self._names = [*names, *(feature.name for feature in features if feature.name not in names)]
+        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._rows = dict.fromkeys(SPLITS, 0)
+        self._label_sums = dict.fromkeys(SPLITS, 0.0)
+        self._values: dict[str, _Values] = {feature.name: _Values() for feature in features}
+
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Close what `write` opens in the folder."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            for writer in self._writers.values():
+                writer.close()
+
+    def write(self, joined: pa.Table, place: NDArray[np.int8]) -> None:
+        """Append rows, each to its split."""
+        joined = joined.select(self._names)
         for index, split in enumerate(SPLITS):
-            rows = joined.filter(pa.array(place == index)).select(names)
-            pq.write_table(rows, scratch / f"{split}.parquet", compression="zstd", row_group_size=128 * 1024)
-            start, end = boundaries.ranges[split]
-            splits[split] = SplitInfo(
+            rows = joined.filter(pa.array(place == index))
+            if split not in self._writers:
+                path = self._folder / f"{split}.parquet"
+                self._writers[split] = pq.ParquetWriter(path, rows.schema, compression="zstd")
+            if rows.num_rows == 0:
+                continue
+            self._writers[split].write_table(rows, row_group_size=_ROW_GROUP_ROWS)
+            self._rows[split] += rows.num_rows
+            self._label_sums[split] += float(pc.sum(rows["label"]).as_py() or 0.0)
+            if split == "train":
+                for feature in self._features:
+                    self._values[feature.name].add(rows[feature.name], feature.kind)
+
+    def info(self) -> dict[str, SplitInfo]:
+        """What was written."""
+        return {
+            split: SplitInfo(
                 start=from_micros(start),
                 end=from_micros(end),
-                rows=rows.num_rows,
-                positives=rows.num_rows
-                if snapshot.kind is LogKind.RATINGS
-                else int(pc.sum(rows["label"]).as_py() or 0),
-                label_mean=float(pc.mean(rows["label"]).as_py() or 0.0),
+                rows=self._rows[split],
+                positives=self._rows[split] if self._kind is LogKind.RATINGS else int(self._label_sums[split]),
+                label_mean=self._label_sums[split] / self._rows[split] if self._rows[split] else 0.0,
             )
-        TrainingSetManifest(
-            snapshot_id=snapshot.id,
-            mapping=snapshot.mapping,
-            as_of=snapshot.as_of,
-            feature_service=service,
-            embargo_seconds=snapshot.mapping.split.attribution_window.total_seconds(),
-            splits=splits,
-            features=tuple(features),
-            dropped_features=dropped,
-            left_out=left_out,
-        ).write(scratch / TrainingSet.MANIFEST)
-    return TrainingSet.load(out)
+            for split, (start, end) in self._boundaries.ranges.items()
+        }
+
+    def informative(self) -> tuple[list[Feature], dict[str, str]]:
+        """Features that take at least two values in the training rows, and why the others do not.
+
+        Raises:
+            TrainingError: there are none.
+        """
+        dropped = {name: reason for name, values in self._values.items() if (reason := values.says_nothing())}
+        if len(dropped) == len(self._features):
+            raise TrainingError(
+                "no feature says anything about this log: every column is constant or missing. Name feature columns in "
+                "the mapping ([user_features], [item_features], [context_features])"
+            )
+        if dropped:
+            logger.info(
+                "%d features say nothing on this log and are not read: %s", len(dropped), ", ".join(sorted(dropped))
+            )
+        return [feature for feature in self._features if feature.name not in dropped], dropped
 
 
-def _informative(train: pa.Table, features: tuple[Feature, ...]) -> tuple[list[Feature], dict[str, str]]:
-    """Features that take at least two values in the training rows, and why the others do not."""
-    kept, dropped = [], {}
-    for feature in features:
-        column = train[feature.name]
-        if feature.kind in (ColumnKind.SEQUENCE, ColumnKind.MULTI):
-            if not pc.any(pc.greater(pc.list_value_length(column), 0)).as_py():
-                dropped[feature.name] = "no value in the training rows"
-                continue
-        elif column.null_count == len(column):
-            dropped[feature.name] = "no value in the training rows"
-            continue
-        elif column.null_count == 0 and pc.all(pc.equal(column, column[0])).as_py():
-            dropped[feature.name] = f"constant in the training rows: {column[0].as_py()!r}"
-            continue
-        kept.append(feature)
-    return kept, dropped
+@dataclass
+class _Values:
+    """What a column has held so far."""
+
+    first: pa.Scalar | None = None
+    has_missing: bool = False
+    varies: bool = False
+
+    def add(self, column: pa.ChunkedArray, kind: ColumnKind) -> None:
+        """Look at more rows."""
+        if self.varies:
+            return
+        if kind in (ColumnKind.SEQUENCE, ColumnKind.MULTI):
+            self.varies = bool(pc.any(pc.greater(pc.list_value_length(column), 0)).as_py())
+            return
+        known = column.drop_null()
+        if len(known) and self.first is None:
+            self.first = known[0]
+        self.has_missing |= len(known) < len(column)
+        if self.first is not None:
+            self.varies = self.has_missing or bool(pc.any(pc.not_equal(known, self.first)).as_py())
+
+    def says_nothing(self) -> str | None:
+        """Why the column is of no use; None: it is."""
+        if self.varies:
+            return None
+        if self.first is None:
+            return "no value in the training rows"
+        return f"constant in the training rows: {self.first.as_py()!r}"
