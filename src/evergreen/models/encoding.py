@@ -143,6 +143,11 @@ class Encoder:
         return hashlib.sha256(canonical_json(self._state.model_dump(mode="json"))).hexdigest()
 
     @property
+    def numeric_columns(self) -> tuple[NumericColumn, ...]:
+        """How numbers are encoded, in the order of the spec."""
+        return self._numeric.columns
+
+    @property
     def config(self) -> EncoderConfig:
         """How it was fitted."""
         return self._state.config

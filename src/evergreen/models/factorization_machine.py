@@ -43,7 +43,7 @@ class FactorizationMachine(RankingModel):
 
     def __init__(self, config: FactorizationMachineConfig, spec: InputSpec) -> None:
         super().__init__(spec)
-        self._exponent = config.history_exponent
+        self.exponent = config.history_exponent
         self.table = SharedTable(spec, 1 + config.embedding_dim, init_std=config.init_std)
         with torch.no_grad():
             self.table.weight[:, 0] = 0.0
@@ -56,7 +56,7 @@ class FactorizationMachine(RankingModel):
         """Weights (N, F) and vectors (N, F, embedding_dim) of the F fields and bags of a row."""
         rows = self.table.lookup(categorical)
         if self.spec.bags:
-            rows = torch.cat([rows, self.table.pool(bags, exponent=self._exponent)], dim=1)
+            rows = torch.cat([rows, self.table.pool(bags, exponent=self.exponent)], dim=1)
         weights, vectors = torch.split(rows, [1, rows.shape[2] - 1], dim=2)
         return weights.squeeze(2), vectors.contiguous()
 
