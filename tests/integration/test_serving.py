@@ -14,17 +14,20 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from evergreen.contracts.errors import RequestError
 from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.impressions import read_impressions
 from evergreen.contracts.mapping import Mapping
 from evergreen.contracts.snapshot import Snapshot
 from evergreen.contracts.training_set import FeatureOrigin
 from evergreen.features.point_in_time import items_as_of, join_features
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
+from evergreen.monitoring.skew import check_skew
 from evergreen.serving.client import RecommenderClient
 from evergreen.serving.recommender import Recommender
 from evergreen.serving.schema import RankingRequest
@@ -64,12 +67,18 @@ def recommender(run: Run) -> Recommender:
 
 
 @pytest.fixture(scope="module")
-def server(run: Run) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def impressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("impressions")
+
+
+@pytest.fixture(scope="module")
+def server(run: Run, impressions: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "evergreen.cli", "serve", "--port", str(port)]
     command += ["--model", str(run.model), "--feature-store", str(run.feature_store)]
+    command += ["--impressions", str(impressions)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         url = f"http://127.0.0.1:{port}"
         with RecommenderClient(url) as client:
@@ -136,10 +145,21 @@ def test_served_package_answers_as_in_process(
             client.recommend(user_id, context={"device": 3}, protocol=protocol)  # type: ignore[arg-type]
 
 
-def test_server_stops_when_it_is_told_to(server: tuple[str, subprocess.Popen[str]]) -> None:
+def test_server_stops_when_it_is_told_to_and_leaves_its_impressions(
+    run: Run, server: tuple[str, subprocess.Popen[str]], impressions: Path, tmp_path: Path
+) -> None:
     url, process = server
+    with RecommenderClient(url) as client:
+        users, at = (known_user(run), "never seen"), run.snapshot.as_of
+        answers = [client.recommend(u, k=4, event_timestamp=at, request_id=f"shown to {u}") for u in users]
     assert httpx.get(f"{url}/v2/health/ready", trust_env=False).json() == {"ready": True}
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=20)
     output = process.stdout.read() if process.stdout else ""
     assert "Traceback" not in output, output
+    rows = pa.concat_tables(read_impressions(str(impressions)))
+    for answer in answers:
+        of_request = rows.filter(pc.equal(rows["request_id"], answer.request_id))
+        assert of_request["item_id"].to_pylist() == [item.item_id for item in answer.items]
+        assert of_request["score"].to_pylist() == [item.probability for item in answer.items]
+    assert check_skew(str(impressions), run.tables, tmp_path / "skew.json").is_clean

@@ -18,10 +18,27 @@ import click
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
 @click.option("--name", default="evergreen", show_default=True, help="Name of the model in the URL.")
-def serve(model: Path, feature_store: Path | None, port: int, name: str) -> None:
+@click.option("--impressions", default=None, help="Log what is shown: a folder, fsspec URL or kafka://host:port/topic.")
+@click.option(
+    "--impression-sampling",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of requests that are logged.",
+)
+def serve(
+    model: Path, feature_store: Path | None, port: int, name: str, impressions: str | None, impression_sampling: float
+) -> None:
     """Serve recommendations over KServe V1 and V2 HTTP until interrupted."""
     from evergreen.serving.server import serve as serve_model
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("evergreen").setLevel(logging.INFO)
-    serve_model(model, feature_store or model.resolve().parent / "feature_store", port=port, name=name)
+    serve_model(
+        model,
+        feature_store or model.resolve().parent / "feature_store",
+        port=port,
+        name=name,
+        impressions=impressions,
+        sampling_rate=impression_sampling,
+    )

@@ -83,6 +83,7 @@ class RecommenderClient:
         candidates: Sequence[str] | None = None,
         context: Mapping[str, Any] | None = None,
         event_timestamp: datetime | None = None,
+        request_id: str | None = None,
         protocol: Protocol = "v1",
     ) -> Recommendation:
         """Ask for recommendations.
@@ -93,6 +94,7 @@ class RecommenderClient:
             candidates: item ids to rank; None for the whole catalogue.
             context: context features by name.
             event_timestamp: of the request, with a time zone; None for now.
+            request_id: what the impression log calls the request; None for a new one, which the answer tells.
             protocol: `v1` or `v2` of KServe's protocols.
 
         Raises:
@@ -101,6 +103,7 @@ class RecommenderClient:
         """
         request = {
             "user_id": user_id,
+            "request_id": request_id,
             "k": k,
             "candidates": list(candidates) if candidates is not None else None,
             "context": dict(context) if context else None,

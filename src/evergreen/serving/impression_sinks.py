@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
 
 from evergreen.contracts.errors import InputError
 from evergreen.contracts.impressions import first_rows, to_messages
@@ -27,11 +28,32 @@ class Sink(Protocol):
         """Return when the rows are safe; how many requests were refused for good.
 
         Raises:
+            pyarrow.ArrowException: these rows cannot be written, now or later.
             Exception: not now. The call is repeated with the same name and rows, and must not write anything twice.
         """
 
     def close(self) -> None:
         """Let go of what is held."""
+
+
+def open_sink(target: str, options: Mapping[str, str] | None = None) -> Sink:
+    """The sink that a command line names.
+
+    Args:
+        target: a folder or fsspec URL for Parquet, or kafka://host:port[,host:port]/topic.
+        options: librdkafka's own, for Kafka.
+
+    Raises:
+        InputError: the target cannot be one.
+    """
+    if not target.startswith("kafka://"):
+        if options:
+            raise InputError(f"{target}: Kafka's options {sorted(options)} are given, but the log is not kafka://…")
+        return ParquetSink(target)
+    brokers, _, topic = target.removeprefix("kafka://").partition("/")
+    if not brokers or not topic:
+        raise InputError(f"{target}: write kafka://host:port/topic")
+    return KafkaSink(brokers, topic, options)
 
 
 class ParquetSink:
@@ -46,10 +68,8 @@ class ParquetSink:
         Raises:
             InputError: no such file system.
         """
-        import fsspec
-
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(path)
+            self._fs, self._root = url_to_fs(path)
         except (ValueError, ImportError) as error:
             raise InputError(f"{path}: cannot hold impressions: {error}") from error
 

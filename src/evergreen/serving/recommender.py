@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from evergreen.contracts.mapping import LogKind, Mapping
+from evergreen.serving.impressions import ImpressionLog, Rows
 from evergreen.serving.items import ItemTable, OnlineStore
 from evergreen.serving.ranker import Ranker, Scorer, best_first
 from evergreen.serving.retriever import CatalogueRetriever
@@ -38,6 +40,7 @@ class Recommender:
         mapping: Mapping,
         *,
         clock: Callable[[], datetime] = wall_clock,
+        impressions: ImpressionLog | None = None,
     ) -> None:
         """Read all items, and answer once so that the first caller does not wait for lazy parts.
 
@@ -46,6 +49,7 @@ class Recommender:
             store: its features, materialized.
             mapping: of the log that the features come from.
             clock: time of requests that bring none.
+            impressions: where answers are logged; None: nowhere.
 
         Raises:
             ArtifactError: the model reads features that the store does not hold.
@@ -60,11 +64,13 @@ class Recommender:
         self._retriever = CatalogueRetriever(self._items, recommend_seen=not forget_seen)
         self.value_name = "rating" if package.info.kind is LogKind.RATINGS else "probability"
         self.rules = RequestRules.of(mapping, package.info.features)
+        self._impressions: ImpressionLog | None = None  # the first answer is nobody's
         self.recommend(RankingRequest(k=1))
+        self._impressions = impressions
 
     @classmethod
-    def load(cls, model: Path, feature_store: Path) -> Recommender:
-        """Open a model package and a feature store.
+    def load(cls, model: Path, feature_store: Path, impressions: ImpressionLog | None = None) -> Recommender:
+        """Open a model package and a feature store; answers are logged to `impressions`.
 
         Raises:
             ArtifactError: one of them is missing or not whole, or they do not fit together.
@@ -76,7 +82,7 @@ class Recommender:
 
         imported = time.perf_counter()
         store = FeatureStore.open(feature_store)
-        recommender = cls(ModelPackage.load(model), store, store.tables.manifest.mapping)
+        recommender = cls(ModelPackage.load(model), store, store.tables.manifest.mapping, impressions=impressions)
         done = time.perf_counter()
         logger.info("imports took %.1f s, loading %.1f s", imported - started, done - imported)
         return recommender
@@ -105,6 +111,7 @@ class Recommender:
         )
         scores = self._ranker.score(table) if len(rows) else np.empty(0)
         answer: dict[str, Any] = {
+            "request_id": request.request_id or uuid.uuid4().hex,
             "user_id": request.user_id,
             "known_user": user.known,
             "model_version": self.model_version,
@@ -112,12 +119,29 @@ class Recommender:
             "notes": notes,
         }
         if not self.rules.has_items:
-            return Recommendation(**answer, **{self.value_name: scores[0]})
+            recommendation = Recommendation(**answer, **{self.value_name: scores[0]})
+            self._log(recommendation, [Rows(table, [0])])
+            return recommendation
         k = request.k or (len(item_ids) if request.candidates else DEFAULT_K)
-        best = enumerate(best_first(scores, item_ids, k), start=1)
-        items = tuple(RankedItem(item_id=item_ids[i], rank=rank, **{self.value_name: scores[i]}) for rank, i in best)
+        best = best_first(scores, item_ids, k)
+        items = tuple(
+            RankedItem(item_id=item_ids[i], rank=rank, **{self.value_name: scores[i]})
+            for rank, i in enumerate(best, start=1)
+        )
         unknown = tuple(item for item in request.candidates or () if item not in self._items.rows)
-        return Recommendation(**answer, items=items, unknown_items=unknown)
+        recommendation = Recommendation(**answer, items=items, unknown_items=unknown)
+        if self._impressions is not None:
+            places = pa.array(best, pa.int64())
+            # The features of a whole catalogue would be too much to hold until they are logged.
+            features = Rows(table, best) if request.candidates else Rows(table.take(places), range(len(best)))
+            self._log(recommendation, [features, Rows(self._items.table, rows.take(places))])
+        return recommendation
+
+    def _log(self, answer: Recommendation, sources: list[Rows]) -> None:
+        if self._impressions is not None:
+            self._impressions.record(
+                answer, self._package.info.features, sources, request_id=answer.request_id or "", degraded=False
+            )
 
     def _candidates(self, request: RankingRequest, user: UserFeatures) -> tuple[list[str], pa.Array]:
         """What to score: ids, and their rows in the item table. A log without items has one row, of nothing."""

@@ -28,6 +28,7 @@ FIELD_RULES = {
     "k": f"must be between 1 and {MAX_K}",
     "context": "must be an object of context features by name",
     "event_timestamp": "must be an ISO 8601 time with an offset between 1970 and 2200, e.g. 2026-11-23T12:00:00Z",
+    "request_id": f"must be a string of 1 to {MAX_ID_LENGTH} characters without zero bytes",
 }
 """What each field of a request must be; an error message ends with it."""
 
@@ -53,6 +54,8 @@ class RankingRequest(BaseModel):
 
     user_id: Identifier | None = None
     """Needed unless the model's log has no users. A user that the model has never seen gets cold-start scores."""
+    request_id: Identifier | None = None
+    """What the impression log calls this request, and clicks come back with; default: a new UUID."""
     candidates: list[Identifier] | None = Field(default=None, min_length=1, max_length=MAX_CANDIDATES)
     """Item ids to rank, each once. Without it, the whole catalogue is ranked."""
     k: StrictInt | None = Field(default=None, ge=1, le=MAX_K)
@@ -82,6 +85,8 @@ class Recommendation(BaseModel):
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
+    request_id: str | None = None
+    """The request's own, or a new UUID."""
     user_id: str | None = None
     known_user: bool = False
     """Whether the features know this user."""

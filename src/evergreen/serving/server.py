@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import errno
 import logging
+import signal
 import socket
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from evergreen.contracts.errors import ArtifactError, EvergreenError
 
@@ -18,7 +21,16 @@ logger = logging.getLogger(__name__)
 _FEAST_CONFIG = "feature_store.yaml"
 
 
-def serve(model: Path, feature_store: Path, *, port: int, name: str = "evergreen", host: str = "0.0.0.0") -> None:
+def serve(
+    model: Path,
+    feature_store: Path,
+    *,
+    port: int,
+    name: str = "evergreen",
+    host: str = "0.0.0.0",
+    impressions: str | None = None,
+    sampling_rate: float = 1.0,
+) -> None:
     """Load a model package and its features, then answer requests until the process is told to stop.
 
     Args:
@@ -27,9 +39,12 @@ def serve(model: Path, feature_store: Path, *, port: int, name: str = "evergreen
         port: to listen on; 0 chooses a free one.
         name: of the model in the URL.
         host: address to listen on; the default is every one, as a container needs.
+        impressions: where answers are logged: a folder, an fsspec URL, or kafka://host:port/topic; None: nowhere.
+        sampling_rate: share of requests that are logged.
 
     Raises:
         ArtifactError: a directory is missing or is not what it should be.
+        InputError: impressions cannot be logged there.
         EvergreenError: the port cannot be had.
     """
     # What can be told at once is told before kserve, torch and Feast are imported, which takes ten seconds and more.
@@ -40,11 +55,20 @@ def serve(model: Path, feature_store: Path, *, port: int, name: str = "evergreen
             raise ArtifactError(
                 f"{path}: no {marker} in it, so it is no {what}; give the one that `evergreen run` wrote"
             )
-    with listen_on(host, port) as listener:
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen_on(host, port))
+        from evergreen.serving.impression_sinks import open_sink
+        from evergreen.serving.impressions import ImpressionLog
         from evergreen.serving.predictor import RecommenderModel
         from evergreen.serving.recommender import Recommender
 
-        predictor = RecommenderModel(name, partial(Recommender.load, Path(model), Path(feature_store)))
+        log = None
+        if impressions is not None:
+            log = stack.enter_context(ImpressionLog(open_sink(impressions), sampling_rate=sampling_rate))
+            # Once it has shut down, uvicorn raises the signal that ended it again, and by default SIGTERM ends a
+            # process before anything is flushed.
+            signal.signal(signal.SIGTERM, _end)
+        predictor = RecommenderModel(name, partial(Recommender.load, Path(model), Path(feature_store), log))
         server = build_server(predictor, listener)
         predictor.load()
         bound_host, bound_port = listener.getsockname()[:2]
@@ -54,6 +78,10 @@ def serve(model: Path, feature_store: Path, *, port: int, name: str = "evergreen
             server.run(sockets=[listener])
         except OSError as error:  # another server bound the same port while both were loading, and listens already
             raise _no_port(host, bound_port, error) from error
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
 
 
 def listen_on(host: str, port: int) -> socket.socket:

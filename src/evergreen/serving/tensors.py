@@ -8,13 +8,14 @@ n requests go into one call; dimension 0 of every input is n (a second dimension
     k                INT64     [n]              how many items to return
     context          BYTES     [n]              each a JSON object of context features
     event_timestamp  BYTES     [n]              ISO 8601 with an offset
+    request_id       BYTES     [n]              left out: each gets a new UUID
 
     output           datatype  shape            meaning
     item_id          BYTES     [n, w]           best first, w the longest answer; "" beyond num_items
     probability      FP32      [n, w]           of the item beside it; 0 beyond num_items. `rating` for a log of ratings
     num_items        INT64     [n]              length of each answer
     known_user       BOOL      [n]              whether the features know the user
-    notes            BYTES     [n]              each a JSON object: unknown_items, notes, event_timestamp
+    notes            BYTES     [n]              each a JSON object: request_id, unknown_items, notes, event_timestamp
 
 A log without items answers with probability [n, 1] and no item_id. Tensors travel as JSON, flat or nested; the binary
 tensor extension is not offered.
@@ -39,6 +40,7 @@ _DATATYPES = {
     "k": _INTEGERS,
     "context": ("BYTES",),
     "event_timestamp": ("BYTES",),
+    "request_id": ("BYTES",),
 }
 
 
@@ -69,7 +71,7 @@ def input_types(*, has_users: bool, has_items: bool) -> list[dict[str, Any]]:
     types = [("user_id", "BYTES", [-1])] if has_users else []
     if has_items:
         types += [("candidates", "BYTES", [-1, -1]), ("k", "INT64", [-1])]
-    types += [("context", "BYTES", [-1]), ("event_timestamp", "BYTES", [-1])]
+    types += [("context", "BYTES", [-1]), ("event_timestamp", "BYTES", [-1]), ("request_id", "BYTES", [-1])]
     return [{"name": name, "datatype": datatype, "shape": shape} for name, datatype, shape in types]
 
 
@@ -118,7 +120,8 @@ def outputs_of(answers: Sequence[Recommendation], value_name: str, *, has_items:
         outputs.append(Tensor("item_id", "BYTES", (num_answers, width), ids))
     else:
         values = [getattr(answer, value_name) for answer in answers]
-    notes = [answer.model_dump_json(include={"unknown_items", "notes", "event_timestamp"}) for answer in answers]
+    told = {"request_id", "unknown_items", "notes", "event_timestamp"}
+    notes = [answer.model_dump_json(include=told) for answer in answers]
     return [
         *outputs,
         Tensor(value_name, "FP32", (num_answers, width), values),

@@ -335,7 +335,13 @@ def test_client_gets_what_the_recommender_answers(served: Served, protocol: Any)
     with RecommenderClient(served.url) as client:
         client.wait_until_ready(timeout=5)
         context = {"device": "phone", "battery": 0.5}
-        wanted = {"k": 2, "candidates": ["item-1", "item-2", "new"], "context": context, "event_timestamp": at}
+        wanted = {
+            "k": 2,
+            "candidates": ["item-1", "item-2", "new"],
+            "context": context,
+            "event_timestamp": at,
+            "request_id": "r1",
+        }
         answer = client.recommend("u1", **wanted, protocol=protocol)
         request = served.parts.recommender.rules.parse_body(
             {"instances": [{"user_id": "u1", **wanted}]},

@@ -82,5 +82,6 @@ def test_answers_of_different_length_are_padded(parts: Callable[[str], Any]) -> 
 
 
 def test_metadata_leaves_out_what_the_log_does_not_have() -> None:
-    assert [t["name"] for t in input_types(has_users=False, has_items=False)] == ["context", "event_timestamp"]
+    names = [t["name"] for t in input_types(has_users=False, has_items=False)]
+    assert names == ["context", "event_timestamp", "request_id"]
     assert "item_id" not in [t["name"] for t in output_types("probability", has_items=False)]
