@@ -201,7 +201,11 @@ class FeatureStore:
                     writer=_ViewWriter(online, self._store.config, view),
                     full=full,
                 )
-                logger.info("%s: %s", view.name, done[view.name])
+                view_done = done[view.name]
+                logger.info(
+                    "%s: %d keys, %d written, %d refused as late, %d withdrawn",
+                    view.name, view_done.rows, view_done.written, view_done.late, view_done.withdrawn,
+                )  # fmt: skip
                 self._store.registry.apply_materialization(view, self._store.project, start, as_of)
             else:
                 self._materialize_by_feast(view.name, start, as_of)
