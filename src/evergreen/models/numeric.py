@@ -94,7 +94,8 @@ def _skewness(values: NDArray[np.float64]) -> float:
     squares = centred * centred
     variance = float(squares.mean())
     squares *= centred
-    return float(squares.mean()) / variance**1.5 if variance > 0 else 0.0
+    cube = variance**1.5  # of a spread of 1e-137 it is zero, though the variance is not
+    return float(squares.mean()) / cube if cube > 0 else 0.0
 
 
 @dataclass(frozen=True)
