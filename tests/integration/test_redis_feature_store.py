@@ -16,9 +16,9 @@ import yaml
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
-from evergreen.features.point_in_time import join_features, service_columns
+from evergreen.features.point_in_time import join_features
 from evergreen.features.store import CONFIG, FeatureStore
-from tests.integration.test_feature_store import MICROS, NOW, RICH, mapping, spine, write_tables
+from tests.integration.test_feature_store import MICROS, NOW, RICH, assert_online_is, mapping, spine, write_tables
 from tests.servers import RedisServer, redis_server
 
 
@@ -51,19 +51,6 @@ def on_redis(store: FeatureStore, server: RedisServer) -> FeatureStore:
     }
     (store.path / CONFIG).write_text(yaml.safe_dump(config))
     return FeatureStore.open(store.path)
-
-
-def assert_online_is(store: FeatureStore, tables: FeatureTables, at: datetime) -> None:
-    """Whatever a user or an item may be asked for is what the point-in-time join gives."""
-    rows = spine(at=at)
-    entities = rows.select(["user_id", "item_id", "category"])
-    online = store.online("ranker_v1", entities.append_column("request_timestamp", rows["event_timestamp"]))
-    joined = join_features(rows, tables)
-    for name in service_columns(tables):
-        expected = joined[name]
-        if pa.types.is_timestamp(expected.type):  # Feast keeps whole seconds online
-            expected = expected.cast(pa.timestamp("s", tz="UTC"), safe=False).cast(MICROS)
-        assert online[name].to_pylist() == expected.to_pylist(), name
 
 
 def with_late_rows(tables: FeatureTables, folder: Path) -> FeatureTables:

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evergreen.contracts.artifact import sha256_file
-from evergreen.features.point_in_time import EVENT_TIMESTAMP, connection, latest_rows
+from evergreen.features.point_in_time import EVENT_TIMESTAMP, connection, latest_rows, quoted
 
 _DIGEST = "digest"
 
@@ -140,9 +140,9 @@ def find_changes(
     """
     fields = [*(latest.schema.field(name) for name in (*keys, EVENT_TIMESTAMP)), pa.field(_DIGEST, pa.uint64())]
     nothing = pa.schema(fields).empty_table()
-    key = ", ".join(_quote(name) for name in keys)
+    key = ", ".join(quoted(name) for name in keys)
     # The names are part of the digest: a feature that is new must reach keys whose values are equal otherwise.
-    columns = ", ".join(_quote(name) for name in latest.column_names)
+    columns = ", ".join(quoted(name) for name in latest.column_names)
     names = "'" + columns.replace("'", "''") + "'"
     with connection() as db:
         for name, table in {"latest": latest, "written": written, "pending": pending}.items():
@@ -183,7 +183,3 @@ def _write(record: pa.Table, path: Path) -> None:
     partial = path.with_suffix(".partial")
     pq.write_table(record, partial, compression="zstd")
     partial.replace(path)
-
-
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -124,8 +124,7 @@ class GuardedOnlineStore(OnlineStore):  # type: ignore[misc]
             OnlineStoreError: the store is away or full. What was written until then stays; writing again is safe.
         """
         late = 0
-        size = config.materialization_config.online_write_batch_size or _DEFAULT_BATCH_ROWS
-        for batch in rows.combine_chunks().to_batches(max_chunksize=size):
+        for batch in _batches(config, rows):
             late += self._write(config, view, OnlineRows.from_arrow(batch, view, with_texts=self.writes_texts))
         return late
 
@@ -144,7 +143,6 @@ class GuardedOnlineStore(OnlineStore):  # type: ignore[misc]
         Raises:
             OnlineStoreError: the store is away or full.
         """
-        size = config.materialization_config.online_write_batch_size or _DEFAULT_BATCH_ROWS
         return sum(
             self._withdraw(
                 config,
@@ -152,7 +150,7 @@ class GuardedOnlineStore(OnlineStore):  # type: ignore[misc]
                 as_list(encode_entity_keys(batch, view.join_keys)),
                 instants(batch.column(view.batch_source.timestamp_field)),
             )
-            for batch in rows.combine_chunks().to_batches(max_chunksize=size)
+            for batch in _batches(config, rows)
         )
 
     def online_write_batch(
@@ -220,6 +218,13 @@ class GuardedOnlineStore(OnlineStore):  # type: ignore[misc]
         first = len(response.results)
         await super()._read_features_per_fv_async(config, grouped_refs, *args, **kwargs)
         _hide_expired(response, first, grouped_refs)
+
+
+def _batches(config: RepoConfig, rows: pa.Table) -> list[pa.RecordBatch]:
+    """Rows in the parts that a store takes at once."""
+    size = config.materialization_config.online_write_batch_size or _DEFAULT_BATCH_ROWS
+    batches: list[pa.RecordBatch] = rows.combine_chunks().to_batches(max_chunksize=size)
+    return batches
 
 
 def _response(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -117,15 +117,15 @@ def latest_rows(
         timestamp: the time column.
         created: of rows with equal key and timestamp, the one created last counts. Without it, any one of them.
     """
-    order = ", ".join(f"{_quote(name)} DESC NULLS LAST" for name in (timestamp, created) if name)
-    partition = f"PARTITION BY {', '.join(_quote(name) for name in keys)}" if keys else ""
-    in_range = f"epoch_us({_quote(timestamp)}) <= {to_micros(end)}"
+    order = ", ".join(f"{quoted(name)} DESC NULLS LAST" for name in (timestamp, created) if name)
+    partition = f"PARTITION BY {', '.join(quoted(name) for name in keys)}" if keys else ""
+    in_range = f"epoch_us({quoted(timestamp)}) <= {to_micros(end)}"
     if start is not None:
-        in_range += f" AND epoch_us({_quote(timestamp)}) >= {to_micros(start)}"
+        in_range += f" AND epoch_us({quoted(timestamp)}) >= {to_micros(start)}"
     query = f"""
         SELECT file_index AS file, file_row_number AS row FROM {ParquetRows.FILES} WHERE {in_range}
         QUALIFY row_number() OVER ({partition} ORDER BY {order}) = 1
-        ORDER BY {", ".join(_quote(name) for name in [*keys, timestamp])}
+        ORDER BY {", ".join(quoted(name) for name in [*keys, timestamp])}
     """
     table = ParquetRows(path)
     with connection() as db:
@@ -178,18 +178,18 @@ def asof_query(source: AsofSource) -> str:
     Relation `spine` has key_0 …, at (microseconds) and ordinal; $files is a parameter.
     """
     # DuckDB 2.0 fails to plan an ASOF JOIN of a window's rows without an equality: without keys, all have the same.
-    columns = [_quote(column) for column in source.keys] or ["0::TINYINT"]
+    columns = [quoted(column) for column in source.keys] or ["0::TINYINT"]
     keys = ", ".join(f"{column} AS key_{i}" for i, column in enumerate(columns))
     last_created = ""
     if source.created:
-        partition = ", ".join([*columns, _quote(source.timestamp)])
-        order = f"{_quote(source.created)} DESC NULLS LAST"
+        partition = ", ".join([*columns, quoted(source.timestamp)])
+        order = f"{quoted(source.created)} DESC NULLS LAST"
         last_created = f"QUALIFY row_number() OVER (PARTITION BY {partition} ORDER BY {order}) = 1"
     equal_keys = " AND ".join(f"s.key_{i} = f.key_{i}" for i in range(len(columns)))
     fresh = f"WHERE s.at - f.at <= {source.ttl // _MICROSECOND}" if source.ttl else ""
     return f"""
         WITH known AS (
-            SELECT {keys}, epoch_us({_quote(source.timestamp)}) AS at, file_index AS file, file_row_number AS row
+            SELECT {keys}, epoch_us({quoted(source.timestamp)}) AS at, file_index AS file, file_row_number AS row
             FROM {ParquetRows.FILES} {last_created}
         )
         SELECT s.ordinal, f.file, f.row FROM spine s ASOF JOIN known f ON {equal_keys} AND s.at >= f.at {fresh}
@@ -309,5 +309,6 @@ def _no_features(num_rows: int, source: AsofSource) -> pa.Table:
     return pa.table({name: pa.nulls(num_rows, types.field(column).type) for name, column in source.features.items()})
 
 
-def _quote(name: str) -> str:
+def quoted(name: str) -> str:
+    """A column's name as SQL."""
     return '"' + name.replace('"', '""') + '"'

@@ -23,6 +23,7 @@ from evergreen.contracts.instant import from_micros
 from evergreen.features.online_store import GuardedOnlineStore, OnlineRows, OnlineStoreError
 
 _MARKERS = "evergreen_markers"
+_CREATE_MARKERS = f"CREATE TABLE IF NOT EXISTS {_MARKERS} (view TEXT PRIMARY KEY, marker TEXT)"
 
 
 class GuardedSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):  # type: ignore[misc]
@@ -57,17 +58,17 @@ class GuardedSqliteOnlineStore(GuardedOnlineStore, SqliteOnlineStore):  # type: 
     def set_marker(self, config: RepoConfig, view: FeatureView, marker: str) -> None:
         """Leave a marker in this file."""
         with self._transaction(config) as connection:
-            connection.execute(f"CREATE TABLE IF NOT EXISTS {_MARKERS} (view TEXT PRIMARY KEY, marker TEXT)")
+            connection.execute(_CREATE_MARKERS)
             connection.execute(f"REPLACE INTO {_MARKERS} VALUES (?, ?)", [_table_name(config, view), marker])
 
     def update(self, config: RepoConfig, tables_to_delete: Any, tables_to_keep: Any, *args: Any, **kwargs: Any) -> None:
         """Create and drop tables; the marker of a dropped one goes with it."""
         super().update(config, tables_to_delete, tables_to_keep, *args, **kwargs)
         with self._transaction(config) as connection:
-            connection.execute(f"CREATE TABLE IF NOT EXISTS {_MARKERS} (view TEXT PRIMARY KEY, marker TEXT)")
+            connection.execute(_CREATE_MARKERS)
             names = [_table_name(config, view) for view in tables_to_delete]
             connection.executemany(f"DELETE FROM {_MARKERS} WHERE view = ?", [[name] for name in names])
-            self._guarded -= set(names)
+            self._guarded.clear()  # a table that is created anew has no guard
 
     def _write(self, config: RepoConfig, view: FeatureView, rows: OnlineRows) -> int:
         if not rows.keys or not rows.values:

@@ -28,6 +28,7 @@ from evergreen.features.activity import (
     with_history,
     with_labels,
 )
+from evergreen.features.engines import duckdb_engine
 from evergreen.features.profile import profile
 from evergreen.features.recent import recent
 from evergreen.features.schema import ACTIVITY_PREFIXES, PROFILE_PREFIXES, feature_table_schemas, profile_sources
@@ -94,26 +95,21 @@ def build_feature_tables(
     Returns:
         The tables, opened.
     """
-    options = {"memory_limit": memory_limit} | ({} if threads is None else {"threads": threads})
     manifest = snapshot.manifest
     rows: dict[str, int] = {}
     with (
         atomic_directory(Path(out)) as scratch,
         tempfile.TemporaryDirectory(prefix="duckdb-", dir=scratch) as spill,
+        duckdb_engine(Path(spill), memory_limit=memory_limit, threads=threads) as engine,
     ):
-        connection = ibis.duckdb.connect(temp_directory=spill, **options)
-        try:
-            connection.raw_sql("SET TimeZone = 'UTC'")
-            events = connection.read_parquet(snapshot.files, hive_partitioning=False)
-            for name, table in feature_table_expressions(events, manifest.mapping, as_of=manifest.as_of).items():
-                file = scratch / f"{name}.parquet"
-                table.order_by([*JOIN_KEYS[name], "event_timestamp"]).to_parquet(
-                    file, compression="zstd", row_group_size=_ROW_GROUP_ROWS
-                )
-                rows[name] = pq.read_metadata(file).num_rows
-                _logger.info("%s: %d rows from %d events", name, rows[name], manifest.rows)
-        finally:
-            connection.disconnect()
+        events = engine.read(snapshot.files)
+        for name, table in feature_table_expressions(events, manifest.mapping, as_of=manifest.as_of).items():
+            file = scratch / f"{name}.parquet"
+            table.order_by([*JOIN_KEYS[name], "event_timestamp"]).to_parquet(
+                file, compression="zstd", row_group_size=_ROW_GROUP_ROWS
+            )
+            rows[name] = pq.read_metadata(file).num_rows
+            _logger.info("%s: %d rows from %d events", name, rows[name], manifest.rows)
         FeatureTablesManifest(
             snapshot_id=snapshot.id,
             mapping=manifest.mapping,

@@ -189,6 +189,9 @@ def _copy_without(folder: Path, file: SnapshotFile, removed: pa.Array, out: Path
     target = out / file.path
     target.parent.mkdir(parents=True)
     source = pq.ParquetFile(folder / file.path)
+    if not pc.any(pc.is_in(source.read(["event_id"])["event_id"], value_set=removed)).as_py():
+        shutil.copy2(folder / file.path, target)  # the same bytes have the same digest
+        return file
     rows = 0
     with pq.ParquetWriter(target, source.schema_arrow, compression="zstd") as writer:
         for batch in source.iter_batches(batch_size=_ROW_GROUP_ROWS):
@@ -196,9 +199,6 @@ def _copy_without(folder: Path, file: SnapshotFile, removed: pa.Array, out: Path
             if kept.num_rows:
                 writer.write_batch(kept, row_group_size=_ROW_GROUP_ROWS)
             rows += kept.num_rows
-    if rows == file.rows:  # the same bytes have the same digest
-        shutil.copy2(folder / file.path, target)
-        return file
     if not rows:
         shutil.rmtree(target.parent)
         return None

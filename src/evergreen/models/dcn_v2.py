@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evergreen.models.base import ModelConfig
 from evergreen.models.factorization_machine import FactorizationMachine, FactorizationMachineConfig
 from evergreen.models.inputs import InputSpec
-from evergreen.models.layers import hidden_layers
+from evergreen.models.layers import hidden_layers, output_layer
 
 NUMERIC_LIMIT = 3.0
 """Standard deviations beyond which a number is cut: L layers raise it to the power L + 1."""
@@ -70,9 +70,7 @@ class DCNv2(FactorizationMachine):
         layers = hidden_layers(width, config.hidden, dropout=config.dropout, batch_norm=config.batch_norm)
         self.deep = nn.Sequential(*layers)
         num_inputs = config.hidden[-1] if config.hidden else width
-        self.last = nn.Linear(num_inputs + width if self.parallel else num_inputs, 1)
-        for parameter in self.last.parameters():
-            nn.init.zeros_(parameter)
+        self.last = output_layer(num_inputs + width if self.parallel else num_inputs)
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) factorization machine plus a linear function of the cross layers and the deep part."""

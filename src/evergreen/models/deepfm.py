@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from evergreen.models.base import ModelConfig
 from evergreen.models.factorization_machine import FactorizationMachine, FactorizationMachineConfig
@@ -44,8 +44,6 @@ class DeepFM(FactorizationMachine):
             dropout=config.dropout,
             batch_norm=config.batch_norm,
         )
-        for parameter in self.deep[-1].parameters():
-            nn.init.zeros_(parameter)
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) factorization machine plus deep part."""

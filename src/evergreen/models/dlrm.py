@@ -66,8 +66,6 @@ class DLRM(RankingModel):
         self.top: nn.Sequential | None = None
         if num_inputs:
             self.top = multilayer_perceptron(num_inputs, config.top, dropout=config.dropout)
-            for parameter in self.top[-1].parameters():
-                nn.init.zeros_(parameter)
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) first order terms, weighted dot products, and what the network makes of them."""

@@ -140,9 +140,17 @@ class FirstOrder(nn.Module):
 def multilayer_perceptron(
     num_inputs: int, hidden: tuple[int, ...], *, dropout: float, batch_norm: bool = False
 ) -> nn.Sequential:
-    """ReLU layers and a last one to a single output, (N, num_inputs) -> (N, 1)."""
+    """ReLU layers and a last one to a single output that starts at zero, (N, num_inputs) -> (N, 1)."""
     layers = hidden_layers(num_inputs, hidden, dropout=dropout, batch_norm=batch_norm)
-    return nn.Sequential(*layers, nn.Linear(hidden[-1] if hidden else num_inputs, 1))
+    return nn.Sequential(*layers, output_layer(hidden[-1] if hidden else num_inputs))
+
+
+def output_layer(num_inputs: int, *, bias: bool = True) -> nn.Linear:
+    """A last layer, (N, num_inputs) -> (N, 1), that says nothing yet: a fresh model answers with the base rate."""
+    layer = nn.Linear(num_inputs, 1, bias=bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def hidden_layers(

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.errors import TrainingError
 from evergreen.models.base import ModelConfig
 from evergreen.models.deepfm import DeepFM, DeepFMConfig
 from evergreen.models.inputs import InputSpec
+from evergreen.models.layers import output_layer
 
 
 class MultiTaskDeepFMConfig(DeepFMConfig):
@@ -37,9 +38,8 @@ class MultiTaskDeepFM(DeepFM):
         super().__init__(config, spec)
         num_vectors = len(spec.categorical) + len(spec.bags)
         num_inputs = num_vectors * config.embedding_dim + spec.numeric_width
-        self.second_head = nn.Linear(config.hidden[-1] if config.hidden else num_inputs, 1)
-        for parameter in self.second_head.parameters():
-            nn.init.zeros_(parameter)  # the first prediction is the mean, as it is for the click
+        # The first prediction is the mean, as it is for the click.
+        self.second_head = output_layer(config.hidden[-1] if config.hidden else num_inputs)
 
     def both(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) scores as of `forward`, and (N,) predictions of the second outcome, standardised."""

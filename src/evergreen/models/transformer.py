@@ -20,7 +20,7 @@ from evergreen.models.base import ModelConfig
 from evergreen.models.encoding import ITEM_FIELD
 from evergreen.models.factorization_machine import FactorizationMachine, FactorizationMachineConfig
 from evergreen.models.inputs import PAD, InputSpec
-from evergreen.models.layers import multilayer_perceptron
+from evergreen.models.layers import multilayer_perceptron, output_layer
 
 
 class _Block(nn.Module):
@@ -152,9 +152,7 @@ class Transformer(FactorizationMachine):
         num_vectors = len(spec.categorical) + len(spec.bags)
         num_inputs = num_vectors * dim + spec.numeric_width
         self.deep = multilayer_perceptron(num_inputs, config.hidden, dropout=config.dropout)
-        self.history_output = nn.Linear(2 * width, 1, bias=False)
-        for parameter in (*self.deep[-1].parameters(), *self.history_output.parameters()):
-            nn.init.zeros_(parameter)
+        self.history_output = output_layer(2 * width, bias=False)
 
     def response(self, categorical: Tensor, numeric: Tensor, bags: Tensor) -> Tensor:
         """(N,) what DeepFM reads, and the history's states against the candidate."""

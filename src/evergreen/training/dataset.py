@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -106,9 +105,8 @@ def build_training_set(
     if embargoed := spine.table.num_rows - rows.num_rows:
         left_out[EMBARGO] = embargoed
     spine_rows = rows.append_column("row_id", pa.array(np.arange(rows.num_rows)))
-    splits = _SplitFiles(feature_columns(mapping), boundaries, snapshot.kind)
     with atomic_directory(out) as scratch:
-        with splits.writing(scratch):
+        with closing(_SplitFiles(scratch, feature_columns(mapping), boundaries, snapshot.kind)) as splits:
             # In time order: what is joined at once is what has to be held at once.
             for start in range(0, rows.num_rows, _JOINED_ROWS):
                 part = spine_rows.slice(start, _JOINED_ROWS)
@@ -198,7 +196,8 @@ def _interaction_spine(snapshot: Snapshot, tables: FeatureTables, seed: int) -> 
 class _SplitFiles:
     """The Parquet files of the splits while they are written, and what is learned of their columns on the way."""
 
-    def __init__(self, features: tuple[Feature, ...], boundaries: SplitBoundaries, kind: LogKind) -> None:
+    def __init__(self, folder: Path, features: tuple[Feature, ...], boundaries: SplitBoundaries, kind: LogKind) -> None:
+        self._folder = folder
         self._features = features
         self._boundaries = boundaries
         self._kind = kind
@@ -209,15 +208,10 @@ class _SplitFiles:
         self._label_sums = dict.fromkeys(SPLITS, 0.0)
         self._values: dict[str, _Values] = {feature.name: _Values() for feature in features}
 
-    @contextmanager
-    def writing(self, folder: Path) -> Iterator[None]:
-        """Close what `write` opens in the folder."""
-        self._folder = folder
-        try:
-            yield
-        finally:
-            for writer in self._writers.values():
-                writer.close()
+    def close(self) -> None:
+        """Finish the files."""
+        for writer in self._writers.values():
+            writer.close()
 
     def write(self, joined: pa.Table, place: NDArray[np.int8]) -> None:
         """Append rows, each to its split."""
