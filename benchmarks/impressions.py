@@ -2,11 +2,10 @@
 
     python benchmarks/impressions.py [--requests 2000] [--rounds 5] [--out benchmarks/impressions.md]
 
-Requests show 10 of 100 candidates, with every feature of a simulated log. Two layouts of the features: `assembled`, one
-table of the candidates for each request, and `halves`, a row for the user, a table for the pairs, and the table of all
-items, which the requests share. The reference for a request is what it would pay to build its rows itself; the floor
-is `queue.Queue.put_nowait` of the same object. CPU time of the calling thread, the best of the rounds; the ways take
-turns.
+Requests show 10 of 100 candidates, with every feature of a simulated log, as the recommender has them: values of one
+user, numbers of the pairs, and the table of all items, which the requests share. The reference for a request is what it
+would pay to build its rows itself; the floor is `queue.Queue.put_nowait` of the same object. CPU time of the calling
+thread, the best of the rounds; the ways take turns.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ from evergreen.contracts.impressions import impression_schema, to_messages
 from evergreen.contracts.mapping import Mapping
 from evergreen.contracts.training_set import ColumnKind, Feature, Side
 from evergreen.features.columns import feature_columns
-from evergreen.serving.impressions import ImpressionLog, Rows, Served, encode
-from evergreen.serving.schema import RankedItem, Recommendation
+from evergreen.models.split.halves import half_of
+from evergreen.models.split.request import PairColumns
+from evergreen.serving.answer import Answer
+from evergreen.serving.impressions import ImpressionLog, PairValues, Rows, Served, encode
 
-SHOWN, CANDIDATES, ITEMS, BATCH = 10, 100, 10_000, 200
+SHOWN, CANDIDATES, ITEMS, CATEGORIES, BATCH = 10, 100, 10_000, 20, 200
 AT = datetime(2026, 3, 9, 12, tzinfo=UTC)
 
 
@@ -56,24 +57,29 @@ def columns(features: list[Feature], num_rows: int, random: np.random.Generator)
     return pa.table({feature.name: makers[feature.kind]() for feature in features})
 
 
-def requests(number: int, layout: str, features: tuple[Feature, ...]) -> list[Served]:
+def requests(number: int, features: tuple[Feature, ...]) -> list[Served]:
     """Answered requests, as `ImpressionLog.record` gets them."""
     random = np.random.default_rng(0)
-    side = {s: [f for f in features if f.side is s and f.name not in ("user_id", "item_id")] for s in Side}
+    side = {s: [f for f in features if half_of(f) is s and f.name not in ("user_id", "item_id")] for s in Side}
     catalogue = columns(side[Side.ITEM], ITEMS, random)
+    pair_names = tuple(feature.name for feature in side[Side.PAIR])
     made = []
     for n in range(number):
         rows = random.integers(0, ITEMS, CANDIDATES)
-        best = random.permutation(CANDIDATES)[:SHOWN].tolist()
-        user, pairs = columns(side[Side.USER], 1, random), columns(side[Side.PAIR], CANDIDATES, random)
-        sources = [Rows(user, [0] * SHOWN), Rows(pairs, best), Rows(catalogue, rows[best].tolist())]
-        if layout == "assembled":
-            parts = [user.take([0] * CANDIDATES), pairs, catalogue.take(rows)]
-            table = {name: part[name].combine_chunks() for part in parts for name in part.column_names}
-            sources = [Rows(pa.table(table), best)]
-        items = tuple(RankedItem(item_id=f"item-{rows[i]}", rank=r, probability=0.1) for r, i in enumerate(best, 1))
-        answer = Recommendation(user_id=f"u{n}", items=items, model_version="m", event_timestamp=AT)
-        made.append(Served(f"request-{n:08d}", answer, features, sources, False, n, 1.0))
+        best = random.permutation(CANDIDATES)[:SHOWN]
+        user = columns(side[Side.USER], 1, random).to_pylist()[0]
+        pairs = PairColumns(pair_names, random.random((CATEGORIES, len(pair_names))), rows % CATEGORIES)
+        answer = Answer(
+            request_id=f"request-{n:08d}",
+            user_id=f"u{n}",
+            known_user=True,
+            model_version="m",
+            event_timestamp=AT,
+            value_name="probability",
+            item_ids=[f"item-{row}" for row in rows[best]],
+            scores=np.full(SHOWN, 0.1),
+        )
+        made.append(Served(answer, features, [user, PairValues.of(pairs, best), Rows(catalogue, rows[best])], n, 1.0))
     return made
 
 
@@ -86,12 +92,12 @@ def cpu(work: Callable[[], object]) -> float:
 
 def record_all(served: list[Served]) -> float:
     """Leave requests with a log."""
-    calls = [(s.answer, s.features, s.sources, s.request_id) for s in served]
+    calls = [(s.answer, s.features, s.sources) for s in served]
     with ImpressionLog(Nowhere(), flush_rows=len(served) * SHOWN, capacity_rows=len(served) * SHOWN) as log:
 
         def work() -> None:
-            for answer, features, sources, request_id in calls:
-                log.record(answer, features, sources, request_id=request_id)
+            for answer, features, sources in calls:
+                log.record(answer, features, sources)
 
         return cpu(work)
 
@@ -134,9 +140,7 @@ def sizes(served: list[Served]) -> tuple[float, float, float]:
     return tuple(size / rows.num_rows for size in (rows.nbytes, len(buffer.getvalue()), messages))  # type: ignore[return-value]
 
 
-def report(
-    figures: dict[str, dict[str, float]], size: tuple[float, float, float], num_requests: int, width: int
-) -> str:
+def report(figures: dict[str, float], size: tuple[float, float, float], num_requests: int, width: int) -> str:
     """The page."""
     lines = [
         f"# The impression log: {platform.machine()}, Python {platform.python_version()}, one thread",
@@ -144,8 +148,8 @@ def report(
         f"{num_requests:,} requests that show {SHOWN} of {CANDIDATES} candidates with {width} features; microseconds "
         "of CPU a request.",
         "",
-        "| | assembled | halves |",
-        "|---|---:|---:|",
+        "| | |",
+        "|---|---:|",
     ]
     names = {
         "record": "a request leaves its answer (`record`)",
@@ -155,15 +159,12 @@ def report(
         "parquet": "writer: Parquet, zstd",
         "messages": "writer: Kafka messages",
     }
-    for key, name in names.items():
-        lines.append(f"| {name} | " + " | ".join(f"{figures[layout][key]:.1f}" for layout in figures) + " |")
-    assembled, halves = figures["assembled"], figures["halves"]
+    lines += [f"| {name} | {figures[key]:.1f} |" for key, name in names.items()]
     lines += [
         "",
-        f"A request pays {assembled['record'] / assembled['inline']:.3f} times what building its rows would cost it "
-        f"({halves['record'] / halves['inline']:.3f} with halves), {halves['record'] / halves['put']:.1f} times the "
-        f"floor. Building them together costs {assembled['encode'] / assembled['inline']:.2f} times building them "
-        f"alone ({halves['encode'] / halves['inline']:.2f} with halves).",
+        f"A request pays {figures['record'] / figures['inline']:.3f} times what building its rows would cost it, "
+        f"{figures['record'] / figures['put']:.1f} times the floor. Building them together costs "
+        f"{figures['encode'] / figures['inline']:.2f} times building them alone.",
         "",
         f"A row takes {size[0]:.0f} bytes in memory, {size[1]:.0f} in Parquet and {size[2]:.0f} in a message. "
         "The values are random: real ones compress better.",
@@ -180,11 +181,10 @@ def main() -> None:
     args = parser.parse_args()
     pa.set_cpu_count(1)
     features = feature_columns(Mapping.load("simulated"))
-    served = {layout: requests(args.requests, layout, features) for layout in ("assembled", "halves")}
-    assert encode(served["assembled"][:50]).equals(encode(served["halves"][:50])), "the layouts give other rows"
-    figures = {layout: measure(made, args.rounds) for layout, made in served.items()}
+    served = requests(args.requests, features)
+    figures = measure(served, args.rounds)
     width = len(impression_schema(features).field("features").type)
-    page = report(figures, sizes(served["halves"]), args.requests, width)
+    page = report(figures, sizes(served), args.requests, width)
     print(page)
     if args.out:
         args.out.write_text(page)

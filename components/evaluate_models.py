@@ -16,6 +16,7 @@ def evaluate_models(
     latency_budget_ms: float,
     seed: int,
     champion: dsl.Output[dsl.Model],
+    retriever: dsl.Output[dsl.Model],
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
@@ -31,6 +32,7 @@ def evaluate_models(
         latency_budget_ms: p99 milliseconds that scoring 500 candidates may take.
         seed: of the bootstrap and of sampled queries.
         champion: a copy of the chosen package.
+        retriever: a copy of the two towers, which find candidates for the champion; nothing where none were trained.
         evaluation: metrics.json and the curves.
         report: the page for people.
         metrics: the champion's figures.
@@ -59,6 +61,10 @@ def evaluate_models(
         )
         chosen = next(package for package in loaded if package.info.name == result.champion)
         shutil.copytree(chosen.path, champion.path, dirs_exist_ok=True)
+        towers = next((package for package in loaded if package.info.name == "two_tower"), None)
+        if towers is not None:
+            shutil.copytree(towers.path, retriever.path, dirs_exist_ok=True)
+            retriever.metadata["version"] = towers.version
         shutil.copyfile(result.report, report.path)
     champion.metadata["model"] = result.champion
     champion.metadata["version"] = chosen.version

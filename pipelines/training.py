@@ -22,6 +22,7 @@ class TrainingOutputs(NamedTuple):
     """What the training pipeline leaves behind."""
 
     champion: dsl.Model
+    retriever: dsl.Model
     feature_store: dsl.Artifact
     report: dsl.HTML
     drift_report: dsl.HTML
@@ -86,6 +87,7 @@ def training_pipeline(
     )
     return TrainingOutputs(
         champion=evaluated.outputs["champion"],
+        retriever=evaluated.outputs["retriever"],
         feature_store=materialized.outputs["feature_store"],
         report=evaluated.outputs["report"],
         drift_report=drift.outputs["report"],

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 SIMULATE = ["--num-users", "150", "--num-items", "60", "--num-days", "8", "--events-per-day", "1500", "--seed", "5"]
 
-MODELS = "popularity,logistic_regression,deepfm,transformer"
+MODELS = "popularity,logistic_regression,two_tower,deepfm,transformer"
 
 
 def _evergreen(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def test_the_summary_tells_snapshot_and_splits(done: tuple[Path, str], summary: 
 
 def test_the_summary_tells_every_model_with_intervals_and_latency(summary: dict) -> None:
     models = summary["models"]
-    assert set(models) == {"base_rate", "popularity", "logistic_regression", "deepfm", "transformer"}
+    assert set(models) == {"base_rate", "popularity", "logistic_regression", "two_tower", "deepfm", "transformer"}
     for name, model in models.items():
         for metric in ("log_loss", "normalized_entropy"):
             estimate = model["metrics"][metric]
@@ -86,6 +86,7 @@ def test_what_a_person_looks_for_lies_on_top(done: tuple[Path, str], summary: di
     assert "<html" in (out / "report.html").read_text()[:500].lower()
     assert "<html" in (out / "drift.html").read_text()[:5000].lower()
     assert ModelPackage.load(out / "model").version == summary["champion"]["version"]
+    assert ModelPackage.load(out / "retriever").info.name == "two_tower"
     assert "<html" in (out / "suspicious.html").read_text()[:500].lower()
     (snapshot,) = (out / "pipeline").glob("*/filter-events/filtered")
     assert Snapshot.load(snapshot, verify=True).id == summary["snapshot"]["id"]

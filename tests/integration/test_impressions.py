@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,19 @@ from evergreen.contracts.mapping import LogKind, Mapping
 from evergreen.contracts.snapshot import Snapshot
 from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
 from evergreen.features.columns import feature_columns
+from evergreen.features.online_reader import open_reader
 from evergreen.features.store import FeatureStore
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
 from evergreen.monitoring.skew import check_skew
 from evergreen.serving.impression_sinks import KafkaSink, ParquetSink
-from evergreen.serving.impressions import DROPPED, WRITTEN, ImpressionLog, Rows
-from evergreen.serving.recommender import Recommender
-from evergreen.serving.schema import RankedItem, RankingRequest, Recommendation
+from evergreen.serving.impressions import DROPPED, WRITTEN, ImpressionLog
+from evergreen.serving.recommender import OnlineItems, Recommender
+from evergreen.serving.schema import RankingRequest
+from evergreen.serving.users import UserFeatures
 from evergreen.simulator.log import SimulatorConfig, simulate_log
 from tests.kafka import KafkaBroker, kafka_broker
+from tests.serving import make_answer
 
 TOPIC = "shown"
 PRICE = Feature(name="price", kind=ColumnKind.NUMERIC, origin=FeatureOrigin.ITEM)
@@ -49,19 +53,18 @@ class EveryFeature:
 
 
 @dataclass(frozen=True)
-class SumOfFeatures:
-    """A model that reads every feature, and keeps the table that it scored last."""
+class ByRow:
+    """A model that scores items by their row alone: what is logged does not depend on it."""
 
     info: EveryFeature
-    path: Path = Path("sum-of-features")
-    version: str = "sum-0123456789ab"
-    scored: list[pa.Table] = field(default_factory=list)
+    path: Path = Path("by-row")
+    version: str = "by-row-0123456789ab"
 
-    def predict(self, table: pa.Table) -> np.ndarray:
-        self.scored[:] = [table]
-        numbers = [f.name for f in self.info.features if f.kind is ColumnKind.NUMERIC]
-        total = sum(np.tanh(table[name].cast(pa.float64()).fill_null(0).to_numpy()) for name in numbers)
-        return 1 / (1 + np.exp(-total / 9))
+    def prepare(self, items: pa.Table) -> ByRow:
+        return self
+
+    def score(self, user: Any, pairs: Any, rows: np.ndarray) -> np.ndarray:
+        return 1 / (2 + rows)
 
 
 @dataclass(frozen=True)
@@ -84,25 +87,32 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     store = FeatureStore.create(root / "feature_store", tables)
     at = snapshot.as_of - timedelta(days=2, minutes=-17, microseconds=123_457)
     store.materialize(at)
-    model = SumOfFeatures(EveryFeature(feature_columns(snapshot.mapping)))
-    recommender = Recommender(model, store, snapshot.mapping)
+    model = ByRow(EveryFeature(feature_columns(snapshot.mapping)))
     events = pq.read_table(snapshot.files[-3], columns=["user_id", "item_id"])
     users = [*events["user_id"].unique().to_pylist()[:20], "never seen"]
+    reader = open_reader(store, model.info.feature_service, deadline_seconds=5.0)
     with ImpressionLog(ParquetSink(str(root / "impressions")), flush_seconds=0.1) as log:
-        for number, user in enumerate(users):
-            candidates = (
-                [*events["item_id"].unique().to_pylist()[number : number + 5], "new item"] if number % 2 else None
+        recommender = Recommender(
+            model, snapshot.mapping, OnlineItems(store, reader), UserFeatures(reader), model.prepare, impressions=log
+        )
+        items = events["item_id"].unique().to_pylist()
+        requests = [
+            RankingRequest(
+                user_id=user,
+                request_id=f"request-{number}",
+                candidates=[*items[number : number + 5], "new item"] if number % 2 else None,
+                context={"device": "phone"},
+                event_timestamp=at,
             )
-            request = RankingRequest(
-                user_id=user, candidates=candidates, context={"device": "phone"}, event_timestamp=at
-            )
-            answer = recommender.recommend(request)
-            items = [item.item_id for item in answer.items]
-            (scored,) = model.scored
-            place = {item: row for row, item in enumerate(scored["item_id"].to_pylist())}
-            catalogue = recommender._items
-            sources = [Rows(scored, [place[item] for item in items]), Rows(catalogue.table, catalogue.find(items))]
-            log.record(answer, model.info.features, sources, request_id=f"request-{number}")
+            for number, user in enumerate(users)
+        ]
+
+        async def serve() -> None:
+            for request in requests:
+                await recommender.answer([request])
+            await recommender.close()
+
+        asyncio.run(serve())
     return World(snapshot, tables, store, at, str(root / "impressions"))
 
 
@@ -125,7 +135,7 @@ def test_there_is_no_skew_in_the_simulated_world(world: World, tmp_path: Path, o
     join = world.store.historical if offline == "feast" else None
     report = check_skew(world.impressions, world.tables, tmp_path / "skew.json", join=join)
     assert report.differing == () and report.is_clean
-    assert (report.requests, report.rows) == (21, 11 * 10 + 10 * 6) and report.first == report.last == world.at
+    assert (report.requests, report.rows) == (21, 11 * 10 + 10 * 5) and report.first == report.last == world.at
     assert report.not_compared == {"device": "the offline store has no such feature: the request brings it"}
     compared = {feature.name for feature in feature_columns(world.snapshot.mapping)} - {"device", "user_id", "item_id"}
     assert set(report.features) == compared | {"category"}
@@ -182,14 +192,8 @@ def read_topic(address: str, number: int) -> list[Any]:
 
 
 def record(log: ImpressionLog, number: int, *, item_id: str = "item", rows: int = 1) -> None:
-    answer = Recommendation(
-        user_id=f"u{number % 3}",
-        items=tuple(RankedItem(item_id=item_id, rank=rank, probability=0.5) for rank in range(1, rows + 1)),
-        model_version="m",
-        event_timestamp=datetime.fromisoformat("2026-03-09T12:00:00+00:00"),
-    )
-    prices = pa.table({"price": [float(number)]})
-    log.record(answer, (PRICE,), [Rows(prices, [0] * rows)], request_id=f"r{number}")
+    answer = replace(make_answer(*[item_id] * rows, request_id=f"r{number}"), user_id=f"u{number % 3}")
+    log.record(answer, (PRICE,), [{"price": float(number)}])
 
 
 def test_kafka_gets_every_request_although_the_broker_is_killed(broker: KafkaBroker) -> None:
@@ -226,22 +230,18 @@ def wait_for(condition: Any, seconds: float = 90) -> None:
 CAPACITY_ROWS = 2000
 SERVER = f"""
 import signal, sys, time
-from datetime import UTC, datetime
-import pyarrow as pa
 from evergreen.serving.impression_sinks import ParquetSink
-from evergreen.serving.impressions import WRITTEN, ImpressionLog, Rows
-from evergreen.serving.schema import RankedItem, Recommendation
+from evergreen.serving.impressions import WRITTEN, ImpressionLog
+from tests.serving import make_answer
 
-items = (RankedItem(item_id="item", rank=1, probability=0.5),)
-answer = Recommendation(items=items, model_version="m", event_timestamp=datetime.now(UTC))
-sources = [Rows(pa.table({{"category": ["c"]}}), [0])]
+sources = [{{"category": "c"}}]
 path, flush_seconds = sys.argv[1:]
 held = {{"flush_rows": {CAPACITY_ROWS}, "capacity_rows": {CAPACITY_ROWS}}}
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 with ImpressionLog(ParquetSink(path), flush_seconds=float(flush_seconds), **held) as log:
     for number in range(1_000_000):
         written = int(WRITTEN._value.get())
-        log.record(answer, (), sources, request_id=f"r{{number}}")
+        log.record(make_answer("item", request_id=f"r{{number}}"), (), sources)
         print(number, written, flush=True)
         time.sleep(0.002)
 """

@@ -23,17 +23,17 @@ from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.impressions import read_impressions
 from evergreen.contracts.mapping import Mapping
 from evergreen.contracts.snapshot import Snapshot
-from evergreen.contracts.training_set import FeatureOrigin
 from evergreen.features.point_in_time import items_as_of, join_features
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
+from evergreen.models.package import ModelPackage
 from evergreen.monitoring.skew import check_skew
 from evergreen.serving.client import RecommenderClient
 from evergreen.serving.recommender import Recommender
-from evergreen.serving.schema import RankingRequest
 from evergreen.simulator.log import SimulatorConfig, simulate_log
 from evergreen.training.dataset import build_training_set
 from evergreen.training.trainer import TrainingConfig, train_model
+from tests.serving import ask
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def known_user(run: Run) -> str:
 
 @pytest.mark.parametrize("stranger", [False, True])
 def test_served_features_and_scores_equal_offline_ones(run: Run, recommender: Recommender, stranger: bool) -> None:
-    """No training-serving skew: the online path gives the table that the point-in-time join gives."""
+    """No training-serving skew: what is served is what the model makes of the point-in-time join."""
     user_id = "never seen" if stranger else known_user(run)
     at = run.snapshot.as_of + timedelta(milliseconds=1)
     items = items_as_of(run.tables, run.snapshot.as_of)
@@ -107,26 +107,14 @@ def test_served_features_and_scores_equal_offline_ones(run: Run, recommender: Re
         }
     )
     offline = join_features(spine, run.tables)
-    package = recommender._package
-    online = recommender._ranker.assemble(
-        user_id=user_id,
-        user=recommender._users.get(user_id),
-        item_ids=items["item_id"].to_pylist(),
-        rows=recommender._items.find(items["item_id"].to_pylist()),
-        context={"device": "phone"},
-        event_timestamp=at,
-    )
-    for feature in package.info.features:
-        if feature.origin is FeatureOrigin.CONTEXT:
-            offline = offline.append_column(feature.name, online[feature.name])
-        assert online[feature.name].to_pylist() == offline[feature.name].to_pylist(), feature.name
-    np.testing.assert_array_equal(package.predict(online), package.predict(offline))
-    answer = recommender.recommend(
-        RankingRequest(user_id=user_id, k=500, context={"device": "phone"}, event_timestamp=at)
-    )
-    expected = dict(zip(items["item_id"].to_pylist(), package.predict(offline).tolist(), strict=True))
-    assert {item.item_id: item.probability for item in answer.items} == expected
-    assert answer.known_user is not stranger
+    device = pa.array(["phone"] * n)
+    package = ModelPackage.load(run.model)
+    wanted = package.predict(offline.append_column("device", device))
+    answer = ask(recommender, user_id=user_id, k=500, context={"device": "phone"}, event_timestamp=at)
+    expected = dict(zip(items["item_id"].to_pylist(), wanted.tolist(), strict=True))
+    assert dict(zip(answer.item_ids, answer.scores.tolist(), strict=True)) == pytest.approx(expected, abs=1e-6)
+    assert np.ptp(answer.scores) > 1e-4
+    assert answer.known_user is not stranger and not answer.degraded
 
 
 @pytest.mark.parametrize("protocol", ["v1", "v2"])
@@ -137,9 +125,9 @@ def test_served_package_answers_as_in_process(
     user_id, at = known_user(run), run.snapshot.as_of
     with RecommenderClient(url) as client:
         answer = client.recommend(user_id, k=5, event_timestamp=at, protocol=protocol)  # type: ignore[arg-type]
-        expected = recommender.recommend(RankingRequest(user_id=user_id, k=5, event_timestamp=at))
-        assert [item.item_id for item in answer.items] == [item.item_id for item in expected.items]
-        assert [i.probability for i in answer.items] == pytest.approx([i.probability for i in expected.items], abs=1e-6)
+        expected = ask(recommender, user_id=user_id, k=5, event_timestamp=at)
+        assert [item.item_id for item in answer.items] == expected.item_ids
+        assert [item.probability for item in answer.items] == pytest.approx(expected.scores.tolist(), abs=1e-6)
         assert answer.model_version == recommender.model_version
         with pytest.raises(RequestError, match="device=3: must be a string"):
             client.recommend(user_id, context={"device": 3}, protocol=protocol)  # type: ignore[arg-type]

@@ -23,12 +23,14 @@ def check(package: ModelPackage, table: pa.Table) -> None:
     items = table.slice(0, 100)
     rows = np.arange(100)
     scorer = SplitScorer.prepare(package, items)
+    many = scorer.score_many([(table.slice(200 + row, 1), items, rows) for row in range(20)])
     for row in range(20):
         user = table.slice(200 + row, 1)
         of_user = user.take(pa.array(np.zeros(100, np.int64)))
         whole = pa.table({f.name: (of_user if half_of(f) is Side.USER else items)[f.name] for f in features})
         scores = scorer.score(user, items, rows)
         np.testing.assert_allclose(scores, package.predict(whole), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(many[row], scores, rtol=0, atol=1e-6)
         assert np.ptp(scores) > 0
 
 

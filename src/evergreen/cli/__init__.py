@@ -23,6 +23,8 @@ _COMMANDS = {
     "simulate": "evergreen.cli.simulate:simulate",
     "serve": "evergreen.cli.serve:serve",
     "recommend": "evergreen.cli.recommend:recommend",
+    "release": "evergreen.cli.release:release",
+    "skew": "evergreen.cli.skew:skew",
 }
 
 

@@ -47,7 +47,8 @@ def run(
     """Go from a click log to a served recommendation.
 
     Runs the same pipeline as a cluster does, by kfp.local. OUT gets summary.json, report.html, drift.html,
-    suspicious.html, the champion's package (model/), its features (feature_store/) and every artifact (pipeline/).
+    suspicious.html, the champion's package (model/), the two towers that find candidates for it, if they were trained
+    (retriever/), its features (feature_store/) and every artifact (pipeline/).
     """
     start = time.perf_counter()
     mapping = Mapping.load(mapping_reference)
@@ -116,6 +117,8 @@ def _claim(out: Path) -> None:
 def _collect(outputs: dict[str, Any], out: Path, *, wall_seconds: float) -> dict[str, Any]:
     """Put what a person looks for at the top of the output folder."""
     shutil.copytree(outputs["champion"].path, out / "model")
+    if any(Path(outputs["retriever"].path).glob("*")):  # nothing where two_tower was not trained
+        shutil.copytree(outputs["retriever"].path, out / "retriever")
     shutil.copytree(outputs["feature_store"].path, out / "feature_store")
     shutil.copyfile(outputs["report"].path, out / "report.html")
     shutil.copyfile(outputs["drift_report"].path, out / "drift.html")

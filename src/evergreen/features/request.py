@@ -7,8 +7,9 @@ store keeps timestamps in seconds: a recency would otherwise differ between trai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,9 @@ ELAPSED_FEATURES = {
     "item_age_seconds": "item_first_seen",
 }
 """Seconds from a stored timestamp to the request."""
+
+USER_ELAPSED_FEATURES = {name: then for name, then in ELAPSED_FEATURES.items() if name.startswith("user_")}
+ITEM_ELAPSED_FEATURES = {name: then for name, then in ELAPSED_FEATURES.items() if name.startswith("item_")}
 
 REQUEST_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in CALENDAR_FEATURES]
@@ -70,9 +74,32 @@ def request_features(request_timestamp: datetime | pa.Array | pa.ChunkedArray, s
     ]
     for name in ELAPSED_FEATURES.values():
         then, then_unknown = _seconds(stored[name])
-        elapsed = np.maximum(now - then, 0).astype(np.float64)
+        elapsed = elapsed_seconds(now, then).astype(np.float64)
         columns.append(pa.array(elapsed, mask=now_unknown | then_unknown))
     return pa.Table.from_arrays(columns, schema=REQUEST_SCHEMA)
+
+
+def elapsed_seconds(now: NDArray[Any] | int, then: NDArray[Any]) -> NDArray[Any]:
+    """Seconds from `then` to `now`, in whole Unix seconds; 0 for what is still to come, nan stays nan."""
+    elapsed: NDArray[Any] = np.maximum(now - then, 0)
+    return elapsed
+
+
+def user_request_features(now: int, stored: Mapping[str, Any]) -> dict[str, str | float | None]:
+    """`request_features` of one user at once: the calendar, and the elapsed times that begin with `user_`.
+
+    Args:
+        now: of the request, in whole Unix seconds.
+        stored: the user's timestamps in whole Unix seconds, by name; None or absent where unknown.
+    """
+    values: dict[str, str | float | None] = {
+        "hour": str(now // 3600 % 24),
+        "weekday": str((now // 86400 + _EPOCH_WEEKDAY) % 7),
+    }
+    for name, timestamp in USER_ELAPSED_FEATURES.items():
+        then = stored.get(timestamp)
+        values[name] = None if then is None else float(max(now - then, 0))
+    return values
 
 
 def request_features_frame(inputs: pd.DataFrame) -> pd.DataFrame:
@@ -91,6 +118,12 @@ def _request_seconds(
     zoned = request_timestamp if request_timestamp.tzinfo else request_timestamp.replace(tzinfo=UTC)
     seconds = np.full(num_rows, int(zoned.timestamp() // 1), dtype=np.int64)
     return seconds, np.zeros(num_rows, dtype=np.bool_)
+
+
+def whole_seconds(timestamps: pa.Array | pa.ChunkedArray) -> NDArray[np.float64]:
+    """(num_rows,) whole Unix seconds, rounded down, nan where there is no timestamp."""
+    seconds, unknown = _seconds(timestamps)
+    return np.where(unknown, np.nan, seconds)
 
 
 def _seconds(timestamps: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -14,27 +15,34 @@ import httpx
 from evergreen.contracts.errors import EvergreenError, RequestError
 from evergreen.serving.schema import RankedItem, Recommendation
 
-Protocol = Literal["v1", "v2"]
+Protocol = Literal["v1", "v2", "v2-binary"]
 
 _POLL_SECONDS = 0.2
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_DATATYPES = {"k": "INT64", "exclude_seen": "BOOL", "diversity": "FP64"}  # the other inputs are BYTES
+_FORMATS = {"INT64": "q", "BOOL": "?", "FP64": "d", "FP32": "f"}
 
 
 class RecommenderClient:
     """Asks a served model for recommendations over HTTP."""
 
-    def __init__(self, url: str, model_name: str = "evergreen", *, timeout: float = 30.0) -> None:
+    def __init__(
+        self, url: str, model_name: str = "evergreen", *, timeout: float = 30.0, token: str | None = None
+    ) -> None:
         """Connect lazily.
 
         Args:
             url: base of the service, e.g. http://127.0.0.1:8080.
             model_name: name of the model in the URL.
             timeout: seconds to wait for an answer.
+            token: that the server asks for, if it does.
         """
         self.url = url.rstrip("/")
         self.model_name = model_name
+        headers = {"Authorization": f"Bearer {token}"} if token is not None else None
         try:
             # The service is named outright, so the proxies of the environment are not asked.
-            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=headers)
         except httpx.InvalidURL as error:
             raise RequestError(f"{url}: not a URL: {error}") from error
 
@@ -84,6 +92,8 @@ class RecommenderClient:
         context: Mapping[str, Any] | None = None,
         event_timestamp: datetime | None = None,
         request_id: str | None = None,
+        exclude_seen: bool | None = None,
+        diversity: float | None = None,
         protocol: Protocol = "v1",
     ) -> Recommendation:
         """Ask for recommendations.
@@ -95,7 +105,9 @@ class RecommenderClient:
             context: context features by name.
             event_timestamp: of the request, with a time zone; None for now.
             request_id: what the impression log calls the request; None for a new one, which the answer tells.
-            protocol: `v1` or `v2` of KServe's protocols.
+            exclude_seen: whether items that the user chose before are left out; None for the server's way.
+            diversity: from 0 to 1, how much the order avoids repeating a category; None for the server's.
+            protocol: `v1` or `v2` of KServe's protocols, or `v2-binary`: that with binary tensor data.
 
         Raises:
             RequestError: the server refuses the request, or knows no such model; with the server's words.
@@ -108,25 +120,31 @@ class RecommenderClient:
             "candidates": list(candidates) if candidates is not None else None,
             "context": dict(context) if context else None,
             "event_timestamp": event_timestamp.isoformat() if event_timestamp else None,
+            "exclude_seen": exclude_seen,
+            "diversity": diversity,
         }
         request = {name: value for name, value in request.items() if value is not None}
         if protocol == "v1":
-            body = self._post(f"/v1/models/{self.model_name}:predict", {"instances": [request]})
-            return Recommendation.model_validate(body["predictions"][0])
-        body = self._post(f"/v2/models/{self.model_name}/infer", {"inputs": _inputs(request)})
-        return _recommendation(body, user_id)
+            response = self._post(f"/v1/models/{self.model_name}:predict", json={"instances": [request]})
+            return Recommendation.model_validate(response.json()["predictions"][0])
+        path = f"/v2/models/{self.model_name}/infer"
+        if protocol == "v2":
+            return _recommendation(self._post(path, json={"inputs": _inputs(request)}).json(), user_id)
+        body, length = _binary_call(request)
+        headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(length)}
+        response = self._post(path, content=body, headers=headers)
+        return _recommendation(_binary_answer(response.content, int(response.headers[_HEADER_LENGTH])), user_id)
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, **body: Any) -> httpx.Response:
         try:
-            response = self._http.post(path, json=body)
+            response = self._http.post(path, **body)
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise EvergreenError(f"{self.url}: cannot be reached: {reason}; is the server running?") from error
         except ValueError as error:
             raise RequestError(f"the request cannot be written as JSON: {error}") from error
         if response.is_success:
-            answer: dict[str, Any] = response.json()
-            return answer
+            return response
         message = _error_message(response)
         if response.is_client_error:
             raise RequestError(message)
@@ -142,13 +160,56 @@ def _error_message(response: httpx.Response) -> str:
 
 def _inputs(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One request as V2 tensors; an empty one still needs a tensor."""
-    inputs = []
-    for name, value in (request or {"context": {}}).items():
-        datatype, shape, data = ("INT64", [1], [value]) if name == "k" else ("BYTES", [1], [value])
-        if name in ("context", "candidates"):
-            data = [json.dumps(value)]
-        inputs.append({"name": name, "datatype": datatype, "shape": shape, "data": data})
-    return inputs
+    return [
+        {
+            "name": name,
+            "datatype": _DATATYPES.get(name, "BYTES"),
+            "shape": [1],
+            "data": [json.dumps(value) if name in ("context", "candidates") else value],
+        }
+        for name, value in (request or {"context": {}}).items()
+    ]
+
+
+def _binary_call(request: Mapping[str, Any]) -> tuple[bytes, int]:
+    """One request as V2 tensors with binary data, and the length of the JSON before it."""
+    inputs, parts = _inputs(request), []
+    for tensor in inputs:
+        [value] = tensor.pop("data")
+        if tensor["name"] == "candidates":
+            ids = request["candidates"]
+            tensor["shape"] = [1, len(ids)]
+            parts.append(b"".join(map(_string, ids)))
+        elif tensor["datatype"] == "BYTES":
+            parts.append(_string(value))
+        else:
+            parts.append(struct.pack(f"<{_FORMATS[tensor['datatype']]}", value))
+        tensor["parameters"] = {"binary_data_size": len(parts[-1])}
+    header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    return b"".join([header, *parts]), len(header)
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<I", len(encoded)) + encoded
+
+
+def _binary_answer(body: bytes, length: int) -> dict[str, Any]:
+    """A V2 answer with its binary data in the place of JSON's."""
+    answer: dict[str, Any] = json.loads(body[:length])
+    for output in answer["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        data = body[length : length + size]
+        length += size
+        if output["datatype"] != "BYTES":
+            output["data"] = [value for (value,) in struct.iter_unpack(f"<{_FORMATS[output['datatype']]}", data)]
+            continue
+        output["data"] = []
+        while data:
+            end = 4 + int.from_bytes(data[:4], "little")
+            output["data"].append(data[4:end].decode())
+            data = data[end:]
+    return answer
 
 
 def _recommendation(body: Mapping[str, Any], user_id: str | None) -> Recommendation:
@@ -168,6 +229,8 @@ def _recommendation(body: Mapping[str, Any], user_id: str | None) -> Recommendat
             "user_id": user_id,
             "known_user": outputs["known_user"][0],
             "items": items,
+            "request_id": outputs["request_id"][0],
+            "degraded": outputs["degraded"][0],
             "model_version": body["model_version"],
             **({} if "item_id" in outputs else {value_name: values[0]}),
             **json.loads(outputs["notes"][0]),

@@ -15,23 +15,27 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from operator import attrgetter
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from prometheus_client import Counter, Gauge
 
 from evergreen.contracts.impressions import ITEM_FIELDS, REQUEST_FIELDS, first_rows, impression_schema, impression_table
 from evergreen.contracts.training_set import Feature
+from evergreen.serving.answer import Answer
 from evergreen.serving.impression_sinks import Sink
-from evergreen.serving.schema import Recommendation
+
+if TYPE_CHECKING:
+    from evergreen.models.split.request import PairColumns
 
 # The writer shares the interpreter with the requests: woken for each of them it would hold up the next, and rows cost a
 # twentieth when they are built for many requests at once.
@@ -77,26 +81,45 @@ class Rows(NamedTuple):
     """Rows of a table that outlives the request unchanged: Arrow tables do."""
 
     table: pa.Table
-    rows: Sequence[int | None] | pa.Array
-    """(num_shown) row of the table for each shown item; None or -1: nulls."""
+    rows: NDArray[np.int64]
+    """(num_shown,) row of the table for each shown item; -1: nulls."""
+
+
+class PairValues(NamedTuple):
+    """Numbers of each shown item, of the user and the item at once."""
+
+    names: tuple[str, ...]
+    values: NDArray[np.float64]
+    """(num_shown, len(names)) nan where unknown."""
+
+    @classmethod
+    def of(cls, pairs: PairColumns, places: NDArray[np.int64]) -> PairValues:
+        """Those of the candidates at `places`."""
+        if pairs.of is None:
+            return cls(pairs.names, pairs.values[places])
+        rows = pairs.of[places]
+        unknown = np.full((1, len(pairs.names)), np.nan)
+        return cls(pairs.names, np.concatenate([pairs.values, unknown])[rows])
+
+
+Source: TypeAlias = Rows | PairValues | Mapping[str, Any]
+"""Columns of the shown items; a mapping holds what is alike for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """One answered request, by reference."""
 
-    request_id: str
-    answer: Recommendation
+    answer: Answer
     features: tuple[Feature, ...]
-    sources: Sequence[Rows]
-    degraded: bool
+    sources: Sequence[Source]
     served_at_us: int
     sampling_rate: float
 
     @property
     def num_rows(self) -> int:
         """Rows that it makes; one for a log without items."""
-        return len(self.answer.items) if self.answer.probability is None and self.answer.rating is None else 1
+        return len(self.answer.scores)
 
 
 class ImpressionLog:
@@ -165,28 +188,23 @@ class ImpressionLog:
 
     def record(
         self,
-        answer: Recommendation,
+        answer: Answer,
         features: tuple[Feature, ...],
-        sources: Sequence[Rows],
-        *,
-        request_id: str,
-        degraded: bool = False,
+        sources: Sequence[Source],
     ) -> None:
         """Log one answer, or count why not. Keeps references; nothing is computed or copied here.
 
         Args:
             answer: as it was given.
             features: that the model reads.
-            sources: tables that together hold the features of the shown items and, where it is known, `category`; the
-                first that has a column counts.
-            request_id: what a click will come back with.
-            degraded: whether defaults stand for some features.
+            sources: what together holds the features of the shown items and, where it is known, `category`; the first
+                that has a column counts.
         """
-        if self._sampling_rate < 1 and not _is_sampled(request_id, self._sampling_rate):
+        if self._sampling_rate < 1 and not _is_sampled(answer.request_id, self._sampling_rate):
             LEFT_OUT.labels(LeftOut.SAMPLING.value).inc()
             return
         served_at_us = time.time_ns() // 1000
-        served = Served(request_id, answer, features, sources, degraded, served_at_us, self._sampling_rate)
+        served = Served(answer, features, sources, served_at_us, self._sampling_rate)
         num_rows = served.num_rows
         if num_rows == 0:
             LEFT_OUT.labels(LeftOut.NOTHING_SHOWN.value).inc()
@@ -249,7 +267,7 @@ class ImpressionLog:
             DROPPED.labels(Drop.ENCODING.value).inc()
             if time.monotonic() >= self._quiet_until:
                 self._quiet_until = time.monotonic() + _QUIET_SECONDS
-                logger.error("request %r cannot be logged: %r", requests[0].request_id, error)
+                logger.error("request %r cannot be logged: %r", requests[0].answer.request_id, error)
             return []
 
     def _flush(self) -> bool:
@@ -321,8 +339,8 @@ def encode(requests: Sequence[Served]) -> pa.Table:
     shown = [row for request in requests for row in _of_items(request.answer)]
     for field, values in zip(_SHOWN_FIELDS, zip(*shown, strict=True), strict=True):
         arrays[field.name] = pa.array(values, field.type)
-    wanted = [field.name for field in schema.field("features").type] if "features" in schema.names else []
-    features = _features(requests, counts, [*wanted, "category"])
+    fields = schema.field("features").type if "features" in schema.names else ()
+    features = _features(requests, counts, {field.name: field.type for field in fields} | {"category": pa.string()})
     arrays["category"] = features.get("category", pa.nulls(len(shown), pa.string()))
     return impression_table(arrays, features, schema)
 
@@ -331,52 +349,83 @@ def _of_request(served: Served) -> tuple[Any, ...]:
     """Values of REQUEST_FIELDS."""
     answer = served.answer
     return (
-        served.request_id,
+        answer.request_id,
         answer.event_timestamp,
         served.served_at_us,
         answer.user_id,
         answer.known_user,
         answer.model_version,
-        served.degraded,
+        answer.degraded,
         served.sampling_rate,
     )
 
 
-def _of_items(answer: Recommendation) -> Iterator[tuple[str | None, int | None, float | None]]:
+def _of_items(answer: Answer) -> Iterator[tuple[str | None, int | None, float]]:
     """Values of ITEM_FIELDS of each row but for the category, which the sources have."""
-    for item in answer.items:
-        yield item.item_id, item.rank, item.probability if item.rating is None else item.rating
-    if not answer.items:
-        yield None, None, answer.probability if answer.rating is None else answer.rating
+    scores = answer.scores.tolist()
+    if answer.item_ids is None:
+        yield None, None, scores[0]
+    else:
+        yield from zip(answer.item_ids, range(1, len(scores) + 1), scores, strict=True)
 
 
-def _features(requests: Sequence[Served], counts: Sequence[int], wanted: Sequence[str]) -> dict[str, pa.Array]:
+def _features(
+    requests: Sequence[Served], counts: Sequence[int], types: Mapping[str, pa.DataType]
+) -> dict[str, pa.Array]:
     """Columns of all requests by name, from the first source that has each.
 
-    The n-th sources of all requests are taken from at once: most are the same table, or one of the same columns.
+    The n-th sources of all requests are taken from at once: most are of the same columns.
     """
     found: dict[str, pa.Array] = {}
     for sources in zip(*(request.sources for request in requests), strict=True):
-        held = set(sources[0].table.column_names) - found.keys()
-        names = [name for name in wanted if name in held]
-        if not names:
-            continue
-        tables = {id(source.table): source.table for source in sources}
-        starts = dict(zip(tables, itertools.accumulate((t.num_rows for t in tables.values()), initial=0), strict=False))
-        rows: list[int | None] = []
-        for source, count in zip(sources, counts, strict=True):
-            if len(source.rows) != count:
-                raise ValueError(f"a source has {len(source.rows)} rows for {count} shown items")
-            rows += source.rows.to_pylist() if isinstance(source.rows, pa.Array) else source.rows
-        own = pa.array(rows, pa.int64())
-        own = pc.if_else(pc.less(own, 0), None, own)
-        offsets = np.repeat([starts[id(source.table)] for source in sources], counts)
-        table = pa.concat_tables(tables.values()).select(names)
-        if len(tables) > 1:  # one after the other: taking from many chunks is slow
-            table = table.combine_chunks()
-        taken = table.take(pc.add(own, pa.array(offsets)))
-        found |= {name: taken[name].combine_chunks() for name in names}
+        wanted = {name: dtype for name, dtype in types.items() if name not in found}
+        first = sources[0]
+        if isinstance(first, PairValues):
+            found |= _of_pairs(sources, counts, wanted)
+        elif isinstance(first, Rows):
+            found |= _of_tables(sources, counts, wanted)
+        else:
+            owner = pa.array(np.repeat(np.arange(len(requests)), counts))
+            for name in wanted.keys() & first.keys():
+                found[name] = pa.array([source[name] for source in sources], wanted[name]).take(owner)
     return found
+
+
+def _of_pairs(
+    sources: Sequence[PairValues], counts: Sequence[int], wanted: Mapping[str, pa.DataType]
+) -> dict[str, pa.Array]:
+    _check_counts([len(source.values) for source in sources], counts)
+    names = sources[0].names
+    if any(source.names != names for source in sources):
+        raise ValueError("the pairs of requests of one model have other features")
+    values = np.concatenate([source.values for source in sources])
+    columns = {name: values[:, place] for place, name in enumerate(names) if name in wanted}
+    return {name: pa.array(column, from_pandas=True) for name, column in columns.items()}
+
+
+def _of_tables(
+    sources: Sequence[Rows], counts: Sequence[int], wanted: Mapping[str, pa.DataType]
+) -> dict[str, pa.Array]:
+    names = [name for name in wanted if name in sources[0].table.column_names]
+    if not names:
+        return {}
+    _check_counts([len(source.rows) for source in sources], counts)
+    tables = {id(source.table): source.table for source in sources}
+    starts = dict(zip(tables, itertools.accumulate((t.num_rows for t in tables.values()), initial=0), strict=False))
+    rows = pa.array(np.concatenate([source.rows for source in sources]))
+    rows = pc.if_else(pc.less(rows, 0), None, rows)
+    offsets = np.repeat([starts[id(source.table)] for source in sources], counts)
+    table = pa.concat_tables([table.select(names) for table in tables.values()])
+    if len(tables) > 1:  # one after the other: taking from many chunks is slow
+        table = table.combine_chunks()
+    taken = table.take(pc.add(rows, pa.array(offsets)))
+    return {name: taken[name].combine_chunks() for name in names}
+
+
+def _check_counts(given: Sequence[int], counts: Sequence[int]) -> None:
+    for rows, count in zip(given, counts, strict=True):
+        if rows != count:
+            raise ValueError(f"a source has {rows} rows for {count} shown items")
 
 
 def _is_sampled(request_id: str, rate: float) -> bool:

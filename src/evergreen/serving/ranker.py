@@ -1,32 +1,25 @@
-"""Ranking: the features of one user and many items, as the model was trained on them, then scores, then an order."""
+"""Ranking: what the model reads of one user and many items, put together from what is stored, and its scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.mapping import LogKind
-from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
-from evergreen.features.request import ELAPSED_FEATURES, request_features
+from evergreen.contracts.training_set import Feature, FeatureOrigin
+from evergreen.features.online_user import OnlineUser
+from evergreen.features.request import ITEM_ELAPSED_FEATURES, elapsed_seconds, user_request_features
+from evergreen.models.split.request import PairColumns
 from evergreen.serving.items import ItemTable
-from evergreen.serving.users import UserFeatures, UserLookup
 
 ContextValue = float | str | list[str] | None
-
-_ARROW_TYPES = {
-    ColumnKind.CATEGORICAL: pa.string(),
-    ColumnKind.NUMERIC: pa.float64(),
-    ColumnKind.SEQUENCE: pa.list_(pa.string()),
-    ColumnKind.MULTI: pa.list_(pa.string()),
-}
 
 
 class PackageInfo(Protocol):
@@ -45,7 +38,7 @@ class PackageInfo(Protocol):
         """Columns that the model reads."""
 
 
-class Scorer(Protocol):
+class Package(Protocol):
     """What serving needs of `models.package.ModelPackage`."""
 
     @property
@@ -60,104 +53,89 @@ class Scorer(Protocol):
     def version(self) -> str:
         """Names the package for good."""
 
-    def predict(self, table: pa.Table) -> NDArray[np.floating]:
-        """Calibrated probability or rating of each row, (num_rows)."""
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which items are candidates, and which of the asked categories each belongs to.
+
+    Attributes:
+        rows: (m,) of the item table, -1 for the one row of a log without items.
+        of: (m,) row of `OnlineUser.by_category`, -1 for none.
+    """
+
+    rows: NDArray[np.int64]
+    of: NDArray[np.int64]
 
 
 class Ranker:
     """Scores items for a user."""
 
-    def __init__(self, package: Scorer, items: ItemTable, users: UserLookup) -> None:
+    def __init__(
+        self,
+        package: Package,
+        items: ItemTable,
+        *,
+        user_features: Collection[str],
+        pair_features: Collection[str],
+        context: Collection[str],
+    ) -> None:
         """Check that every feature of the model can be had.
+
+        Args:
+            package: the model.
+            items: the catalogue.
+            user_features: that the online store has of a user.
+            pair_features: that it has of a user and a category, in the order of `OnlineUser.by_category`.
+            context: names of the context features of the log.
 
         Raises:
             ArtifactError: the model reads a feature that the feature store does not hold; names it.
         """
-        self._package = package
-        self._items = items
-        self._users = users
-        user, item = users.nobody, items.table
+        self._path = package.path
+        features = package.info.features
         known = {
-            FeatureOrigin.USER: {"user_id", *user.row.column_names},
-            FeatureOrigin.ITEM: {"item_id", *item.column_names},
-            FeatureOrigin.USER_CATEGORY: set(user.by_category.column_names),
+            FeatureOrigin.USER: {"user_id", *user_features},
+            FeatureOrigin.ITEM: {"item_id", *items.table.column_names},
+            FeatureOrigin.USER_CATEGORY: set(pair_features),
         }
-        for feature in package.info.features:
+        for feature in features:
             if feature.origin in known and feature.name not in known[feature.origin]:
                 raise ArtifactError(
                     f"{package.path}: the model reads {feature.name!r}, which the feature store does not hold: "
                     "serve it with the feature store of its own run"
                 )
-        self._needs_request = any(f.origin is FeatureOrigin.ON_DEMAND for f in package.info.features)
+        read = {feature.name for feature in features}
+        self._pair_names = tuple(pair_features)
+        self._ages = tuple(name for name in ITEM_ELAPSED_FEATURES if name in read)
+        self._no_context = dict.fromkeys(context)
+        self.reads_pairs = any(feature.origin is FeatureOrigin.USER_CATEGORY for feature in features)
+        """Whether the model reads features of a user and a category."""
 
-    def assemble(
-        self,
-        *,
-        user_id: str | None,
-        user: UserFeatures,
-        item_ids: Sequence[str] | None,
-        rows: pa.Array,
-        context: Mapping[str, ContextValue],
-        event_timestamp: datetime,
-    ) -> pa.Table:
-        """The model's input, as `point_in_time.join_features` gives it offline.
+    def user_values(
+        self, user_id: str | None, user: OnlineUser, context: Mapping[str, ContextValue], event_timestamp: datetime
+    ) -> dict[str, Any]:
+        """Every feature of the user's side, by name: who asks, when and where."""
+        now = int(event_timestamp.timestamp() // 1)
+        calendar = user_request_features(now, user.values)
+        return {**user.values, **calendar, **self._no_context, **context, "user_id": user_id}
 
-        Args:
-            user_id: as the model knows the user; None for a log without users.
-            user: the user's features.
-            item_ids: (num_items) ids; None for a log without items, which has one row.
-            rows: (num_items) rows of the item table, null for items that are not in it.
-            context: context features by name.
-            event_timestamp: of the request.
+    def pairs(self, items: ItemTable, places: Places, user: OnlineUser, event_timestamp: datetime) -> list[PairColumns]:
+        """The features of the user with each candidate."""
+        parts = []
+        if self.reads_pairs:
+            parts.append(PairColumns(self._pair_names, user.by_category, places.of))
+        if self._ages:
+            now = int(event_timestamp.timestamp() // 1)
+            ages = [elapsed_seconds(now, items.seconds[name][places.rows]) for name in self._ages]
+            parts.append(PairColumns(self._ages, np.stack(ages, axis=1)))
+        return parts
 
-        Returns:
-            (num_items) one column for each of the model's features, in their order.
-        """
-        num_items = len(rows)
-        items = self._items.take(rows)
-        everyone = pa.array(np.zeros(num_items, dtype=np.int64))
-        users = user.row.take(everyone)
-        categories = user.by_category.take(self._users.places(items["category"]))
-        request = None
-        if self._needs_request:
-            stored = {n: (users if n in users.column_names else items)[n] for n in ELAPSED_FEATURES.values()}
-            request = request_features(event_timestamp, pa.table(stored))
-        columns: dict[str, pa.Array | pa.ChunkedArray] = {}
-        for feature in self._package.info.features:
-            name = feature.name
-            if name == "user_id":
-                columns[name] = pa.array([user_id] * num_items, pa.string())
-            elif name == "item_id":
-                columns[name] = (
-                    pa.nulls(num_items, pa.string()) if item_ids is None else pa.array(item_ids, pa.string())
-                )
-            elif feature.origin is FeatureOrigin.USER:
-                columns[name] = users[name]
-            elif feature.origin is FeatureOrigin.ITEM:
-                columns[name] = items[name]
-            elif feature.origin is FeatureOrigin.USER_CATEGORY:
-                columns[name] = categories[name]
-            elif feature.origin is FeatureOrigin.ON_DEMAND and request is not None:
-                columns[name] = request[name]
-            else:
-                columns[name] = pa.array([context.get(name)] * num_items, _ARROW_TYPES[feature.kind])
-        return pa.table(columns)
-
-    def score(self, table: pa.Table) -> NDArray[np.float64]:
-        """Probability or rating of each row of an assembled table, (num_rows).
+    def checked(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The scores, if they are numbers.
 
         Raises:
-            ArtifactError: the model gives something that is no number.
+            ArtifactError: one is not.
         """
-        scores = np.asarray(self._package.predict(table), dtype=np.float64)
-        if scores.shape != (table.num_rows,) or not np.isfinite(scores).all():
-            raise ArtifactError(f"{self._package.path}: the model gives scores that are not finite: train it again")
+        if not np.isfinite(scores).all():
+            raise ArtifactError(f"{self._path}: the model gives scores that are not finite: train it again")
         return scores
-
-
-def best_first(scores: NDArray[np.float64], item_ids: Sequence[str], k: int) -> list[int]:
-    """Places of the k best items: by score, and items of equal score by id, so that an order is never chance."""
-    table = pa.table({"score": scores, "item_id": pa.array(item_ids, pa.string())})
-    order = pc.sort_indices(table, sort_keys=[("score", "descending"), ("item_id", "ascending")])
-    places: list[int] = order.slice(0, k).to_pylist()
-    return places

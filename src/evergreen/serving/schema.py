@@ -9,7 +9,17 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+)
 
 MAX_INSTANCES = 64
 """Requests in one call."""
@@ -19,6 +29,8 @@ DEFAULT_K = 10
 """How many items of the whole catalogue are returned; of given candidates, all are."""
 MAX_ID_LENGTH = 1000
 MAX_CONTEXT_FEATURES = 1000
+NUMBER_PATTERN = r"[+-]?([0-9]{1,200}(\.[0-9]{0,200})?|\.[0-9]{1,200})([eE][+-]?[0-9]{1,2})?"
+"""A number written as text, which a numeric context feature may be: a log's own numbers come so."""
 
 _EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 
@@ -29,6 +41,8 @@ FIELD_RULES = {
     "context": "must be an object of context features by name",
     "event_timestamp": "must be an ISO 8601 time with an offset between 1970 and 2200, e.g. 2026-11-23T12:00:00Z",
     "request_id": f"must be a string of 1 to {MAX_ID_LENGTH} characters without zero bytes",
+    "exclude_seen": "must be true or false",
+    "diversity": "must be a number from 0 to 1",
 }
 """What each field of a request must be; an error message ends with it."""
 
@@ -41,6 +55,11 @@ def _instant(value: object) -> object:
     if not isinstance(value, datetime) or value.tzinfo is None or not _EARLIEST <= value < _LATEST:
         raise ValueError(FIELD_RULES["event_timestamp"])
     return value.astimezone(UTC)
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 3.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_K else value
 
 
 Identifier = Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[^\x00]*$")]
@@ -58,12 +77,18 @@ class RankingRequest(BaseModel):
     """What the impression log calls this request, and clicks come back with; default: a new UUID."""
     candidates: list[Identifier] | None = Field(default=None, min_length=1, max_length=MAX_CANDIDATES)
     """Item ids to rank, each once. Without it, the whole catalogue is ranked."""
-    k: StrictInt | None = Field(default=None, ge=1, le=MAX_K)
+    k: Annotated[StrictInt, Field(ge=1, le=MAX_K), BeforeValidator(_whole)] | None = None
     """How many items to return."""
     context: dict[StrictStr, Any] = Field(default_factory=dict, max_length=MAX_CONTEXT_FEATURES)
     """Context features by name. One that is left out, or null, is taken as missing."""
     event_timestamp: Instant | None = None
     """Of the request, in UTC; default: now."""
+    exclude_seen: StrictBool | None = None
+    """Whether items that the user chose before are left out. Default: left out of what the server proposes where the
+    log's mapping says so, never of given candidates."""
+    diversity: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] | None = None
+    """How much the order avoids repeating a category (maximal marginal relevance): 0 is by score alone. Default: the
+    server's."""
 
 
 class RankedItem(BaseModel):
@@ -97,7 +122,11 @@ class Recommendation(BaseModel):
     rating: float | None = None
     model_version: str
     event_timestamp: AwareDatetime
+    degraded: bool = False
+    """Whether defaults stand for the user's features, because the online store did not answer in time."""
     unknown_items: tuple[str, ...] = ()
-    """Candidates that are not in the catalogue. They are ranked as new items: with no features but their id."""
+    """Candidates that are not in the catalogue; they are not scored."""
+    filtered_items: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Candidates that a rule took out, by its name: seen, blocked, …"""
     notes: tuple[str, ...] = ()
     """What of the request was left aside, and why."""

@@ -9,42 +9,62 @@ n requests go into one call; dimension 0 of every input is n (a second dimension
     context          BYTES     [n]              each a JSON object of context features
     event_timestamp  BYTES     [n]              ISO 8601 with an offset
     request_id       BYTES     [n]              left out: each gets a new UUID
+    exclude_seen     BOOL      [n]              whether items that the user chose before are left out
+    diversity        FP32      [n]              from 0 to 1, how much the order avoids repeating a category; FP64 too
 
     output           datatype  shape            meaning
     item_id          BYTES     [n, w]           best first, w the longest answer; "" beyond num_items
     probability      FP32      [n, w]           of the item beside it; 0 beyond num_items. `rating` for a log of ratings
     num_items        INT64     [n]              length of each answer
     known_user       BOOL      [n]              whether the features know the user
-    notes            BYTES     [n]              each a JSON object: request_id, unknown_items, notes, event_timestamp
+    degraded         BOOL      [n]              whether defaults stand for the user's features
+    request_id       BYTES     [n]              the request's own, or the new one
+    notes            BYTES     [n]              each a JSON object: unknown_items, filtered_items, notes and
+                                               event_timestamp
 
-A log without items answers with probability [n, 1] and no item_id. Tensors travel as JSON, flat or nested; the binary
-tensor extension is not offered.
+A log without items answers with probability [n, 1] and no item_id. Tensors travel as JSON, flat or nested, or as binary
+data: little-endian numbers, one byte for a BOOL, for BYTES the length of each string in four bytes before it. `calls`
+says where in a call they are.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
 from evergreen.contracts.errors import RequestError
-from evergreen.serving.schema import MAX_CANDIDATES, MAX_INSTANCES, Recommendation
-from evergreen.serving.validation import describe
+from evergreen.serving.answer import Answer
+from evergreen.serving.schema import MAX_CANDIDATES, MAX_INSTANCES
+from evergreen.serving.validation import decode_json, describe, refuse_repeated_keys
 
 _INTEGERS = ("INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8")
-_DATATYPES = {
+INPUT_DATATYPES = {
     "user_id": ("BYTES",),
     "candidates": ("BYTES",),
     "k": _INTEGERS,
     "context": ("BYTES",),
     "event_timestamp": ("BYTES",),
     "request_id": ("BYTES",),
+    "exclude_seen": ("BOOL",),
+    "diversity": ("FP32", "FP64"),
 }
+"""Datatypes that each input may have, the usual one first."""
+_NUMPY = {
+    f"{sign}INT{bits}": f"<{kind}{bits // 8}" for sign, kind in (("", "i"), ("U", "u")) for bits in (8, 16, 32, 64)
+}
+_NUMPY |= {"FP32": "<f4", "FP64": "<f8", "BOOL": "u1"}
+_LENGTH = struct.Struct("<I")
+_length_at = _LENGTH.unpack_from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """A named tensor.
 
@@ -52,13 +72,13 @@ class Tensor:
         name: of the input or output.
         datatype: of the protocol, e.g. BYTES (strings here), INT64, FP32, BOOL.
         shape: dimensions; -1 stands for any in metadata.
-        data: values in row-major order; inputs may nest them.
+        data: values in row-major order, which inputs may nest, or the bytes of an input's binary data.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    data: Sequence[Any]
+    data: list[Any] | NDArray[Any] | bytes
 
 
 def tensor_field(index: int, field: str) -> str:
@@ -71,6 +91,7 @@ def input_types(*, has_users: bool, has_items: bool) -> list[dict[str, Any]]:
     types = [("user_id", "BYTES", [-1])] if has_users else []
     if has_items:
         types += [("candidates", "BYTES", [-1, -1]), ("k", "INT64", [-1])]
+        types += [("exclude_seen", "BOOL", [-1]), ("diversity", "FP32", [-1])]
     types += [("context", "BYTES", [-1]), ("event_timestamp", "BYTES", [-1]), ("request_id", "BYTES", [-1])]
     return [{"name": name, "datatype": datatype, "shape": shape} for name, datatype, shape in types]
 
@@ -79,7 +100,7 @@ def output_types(value_name: str, *, has_items: bool) -> list[dict[str, Any]]:
     """Metadata of the outputs that a model gives."""
     types = [("item_id", "BYTES", [-1, -1])] if has_items else []
     types += [(value_name, "FP32", [-1, -1]), ("num_items", "INT64", [-1]), ("known_user", "BOOL", [-1])]
-    types.append(("notes", "BYTES", [-1]))
+    types += [("degraded", "BOOL", [-1]), ("request_id", "BYTES", [-1]), ("notes", "BYTES", [-1])]
     return [{"name": name, "datatype": datatype, "shape": shape} for name, datatype, shape in types]
 
 
@@ -90,14 +111,14 @@ def instances_of(tensors: Sequence[Tensor]) -> list[dict[str, Any]]:
         RequestError: a tensor is unknown, given twice, of a wrong datatype or shape, or holds text that is not JSON.
     """
     if not tensors:
-        raise RequestError(f"inputs: empty: give one tensor at least, of {', '.join(_DATATYPES)}")
+        raise RequestError(f"inputs: empty: give one tensor at least, of {', '.join(INPUT_DATATYPES)}")
     columns: dict[str, list[Any]] = {}
     for tensor in tensors:
-        if tensor.name not in _DATATYPES:
-            raise RequestError(f"inputs: no such input {describe(tensor.name)}; known: {', '.join(_DATATYPES)}")
+        if tensor.name not in INPUT_DATATYPES:
+            raise RequestError(f"inputs: no such input {describe(tensor.name)}; known: {', '.join(INPUT_DATATYPES)}")
         if tensor.name in columns:
             raise RequestError(f"inputs.{tensor.name}: given twice")
-        if tensor.datatype not in (allowed := _DATATYPES[tensor.name]):
+        if tensor.datatype not in (allowed := INPUT_DATATYPES[tensor.name]):
             raise RequestError(f"inputs.{tensor.name}: datatype {describe(tensor.datatype)}: must be {allowed[0]}")
         columns[tensor.name] = _rows(tensor)
     lengths = {name: len(rows) for name, rows in columns.items()}
@@ -107,28 +128,46 @@ def instances_of(tensors: Sequence[Tensor]) -> list[dict[str, Any]]:
     return [{name: rows[i] for name, rows in columns.items()} for i in range(num_instances)]
 
 
-def outputs_of(answers: Sequence[Recommendation], value_name: str, *, has_items: bool) -> list[Tensor]:
-    """The output tensors of some answers."""
+def outputs_of(answers: Sequence[Answer], value_name: str, *, has_items: bool) -> list[Tensor]:
+    """The output tensors of some answers: arrays of numbers, lists of strings."""
     num_answers = len(answers)
-    width = max((len(answer.items) for answer in answers), default=0) if has_items else 1
-    outputs, values = [], []
-    if has_items:
-        ids = []
-        for answer in answers:
-            ids += _padded([item.item_id for item in answer.items], width, "")
-            values += _padded([getattr(item, value_name) for item in answer.items], width, 0.0)
-        outputs.append(Tensor("item_id", "BYTES", (num_answers, width), ids))
-    else:
-        values = [getattr(answer, value_name) for answer in answers]
-    told = {"request_id", "unknown_items", "notes", "event_timestamp"}
-    notes = [answer.model_dump_json(include=told) for answer in answers]
+    lengths = [len(answer.item_ids or ()) for answer in answers]
+    width = max(lengths, default=0) if has_items else 1
+    values = np.zeros((num_answers, width), np.float32)
+    ids: list[str] = []
+    for answer, row in zip(answers, values, strict=True):
+        row[: len(answer.scores)] = answer.scores
+        ids += answer.item_ids or ()
+        ids += [""] * (width - len(answer.item_ids or ()))
+    one_each = (num_answers,)
     return [
-        *outputs,
-        Tensor(value_name, "FP32", (num_answers, width), values),
-        Tensor("num_items", "INT64", (num_answers,), [len(answer.items) for answer in answers]),
-        Tensor("known_user", "BOOL", (num_answers,), [answer.known_user for answer in answers]),
-        Tensor("notes", "BYTES", (num_answers,), notes),
+        *([Tensor("item_id", "BYTES", values.shape, ids)] if has_items else []),
+        Tensor(value_name, "FP32", values.shape, values.ravel()),
+        Tensor("num_items", "INT64", one_each, np.array(lengths, np.int64)),
+        Tensor("known_user", "BOOL", one_each, np.array([answer.known_user for answer in answers])),
+        Tensor("degraded", "BOOL", one_each, np.array([answer.degraded for answer in answers])),
+        Tensor("request_id", "BYTES", one_each, [answer.request_id for answer in answers]),
+        Tensor("notes", "BYTES", one_each, [_notes(answer) for answer in answers]),
     ]
+
+
+def to_binary(tensor: Tensor) -> bytes:
+    """An output as binary data."""
+    if isinstance(tensor.data, np.ndarray):
+        return tensor.data.astype(_NUMPY[tensor.datatype], copy=False).tobytes()
+    length_of = _LENGTH.pack
+    encoded = [str(text).encode() for text in tensor.data]
+    return b"".join([part for text in encoded for part in (length_of(len(text)), text)])
+
+
+def _notes(answer: Answer) -> str:
+    notes = {
+        "unknown_items": answer.unknown_items,
+        "filtered_items": answer.filtered_items,
+        "notes": answer.notes,
+        "event_timestamp": answer.event_timestamp.isoformat(),
+    }
+    return orjson.dumps(notes).decode()
 
 
 def _rows(tensor: Tensor) -> list[Any]:
@@ -136,8 +175,6 @@ def _rows(tensor: Tensor) -> list[Any]:
     name, shape = tensor.name, tensor.shape
     data = _flat(tensor)
     if name == "candidates" and len(shape) == 2:
-        if shape[1] > MAX_CANDIDATES:
-            raise RequestError(f"inputs.candidates: shape {list(shape)}: at most {MAX_CANDIDATES} candidates a request")
         lists = [list(data[i * shape[1] : (i + 1) * shape[1]]) for i in range(shape[0])]
         return [_without_padding(ids) for ids in lists]
     if name in ("candidates", "context"):
@@ -154,6 +191,12 @@ def _flat(tensor: Tensor) -> list[Any]:
         raise RequestError(
             f"inputs.{name}: shape {describe(list(shape))}: dimension 0 must be 1 to {MAX_INSTANCES} requests"
         )
+    if len(shape) == 2 and not 0 <= shape[1] <= MAX_CANDIDATES:
+        raise RequestError(
+            f"inputs.{name}: shape {describe(list(shape))}: dimension 1 must be at most {MAX_CANDIDATES} candidates"
+        )
+    if isinstance(tensor.data, bytes):
+        return _from_binary(tensor, tensor.data)
     data = list(tensor.data)
     if len(shape) == 2 and data and all(isinstance(row, list) for row in data):
         if len(data) != shape[0] or any(len(row) != shape[1] for row in data):
@@ -164,20 +207,63 @@ def _flat(tensor: Tensor) -> list[Any]:
     return data
 
 
-def _json(name: str, index: int, value: object) -> Any:
-    if not isinstance(value, str):
-        raise RequestError(f"{tensor_field(index, name)}={describe(value)}: must be a string that holds JSON")
+def _from_binary(tensor: Tensor, data: bytes) -> list[Any]:
+    """The values of binary data, for a shape that is checked already."""
+    num_values = math.prod(tensor.shape)
+    if tensor.datatype == "BYTES":
+        return _strings(tensor, data, num_values)
+    dtype = np.dtype(_NUMPY[tensor.datatype])
+    if len(data) != num_values * dtype.itemsize:
+        raise RequestError(
+            f"inputs.{tensor.name}: {len(data)} bytes of binary data: datatype {tensor.datatype} and shape "
+            f"{describe(list(tensor.shape))} take {describe(num_values * dtype.itemsize)}"
+        )
+    values = np.frombuffer(data, dtype)
+    if tensor.datatype != "BOOL":
+        return values.tolist()  # type: ignore[no-any-return]  # of one dimension, it is a list
+    if values.max(initial=0) > 1:
+        raise RequestError(f"inputs.{tensor.name}: a byte of {values.max()} in binary data: a BOOL is 0 or 1")
+    return values.astype(np.bool_).tolist()  # type: ignore[no-any-return]
+
+
+def _strings(tensor: Tensor, data: bytes, num_values: int) -> list[str]:
+    # Of ASCII, lengths included, bytes and characters are at the same places.
+    text = data.decode("ascii") if data.isascii() else None
+    strings, end = [], 0
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{tensor_field(index, name)}={describe(value)}: not JSON: {error}") from error
+        for _ in range(num_values):
+            start = end + _LENGTH.size
+            end = start + _length_at(data, end)[0]
+            strings.append(data[start:end].decode() if text is None else text[start:end])
+    except struct.error:
+        raise RequestError(
+            f"inputs.{tensor.name}: its binary data ends after {len(strings)} of {num_values} strings"
+        ) from None
+    except UnicodeDecodeError:
+        raise RequestError(f"inputs.{tensor.name}: string {len(strings)} is not UTF-8") from None
+    if end != len(data):
+        raise RequestError(
+            f"inputs.{tensor.name}: {num_values} strings take {end} bytes by their lengths, {len(data)} are given"
+        )
+    return strings
+
+
+def _json(name: str, index: int, text: object) -> Any:
+    place = tensor_field(index, name)
+    if not isinstance(text, str):
+        raise RequestError(f"{place}={describe(text)}: must be a string that holds JSON")
+    value = decode_json(text, place)
+    if isinstance(value, dict) and not any(map(_holds_objects, value.values())):
+        refuse_repeated_keys(text, len(value), place)
+    return value
+
+
+def _holds_objects(value: object) -> bool:
+    """Whether there are, or may be, objects in a value; none of those may be in a request."""
+    return isinstance(value, dict) or (isinstance(value, list) and not all(type(entry) is str for entry in value))
 
 
 def _without_padding(ids: list[Any]) -> list[Any]:
     while ids and ids[-1] == "":
         ids.pop()
     return ids
-
-
-def _padded(values: list[Any], width: int, filler: object) -> list[Any]:
-    return values + [filler] * (width - len(values))

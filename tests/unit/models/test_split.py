@@ -2,165 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.mapping import LogKind
-from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin, Side
-from evergreen.models.calibration import PlattCalibration
+from evergreen.contracts.training_set import Feature, FeatureOrigin, Side
 from evergreen.models.dcn_v2 import DCNv2
 from evergreen.models.deepfm import DeepFM
 from evergreen.models.encoding import Encoder, EncoderConfig
-from evergreen.models.inputs import PAD
 from evergreen.models.layers import FirstOrder, hidden_layers
-from evergreen.models.package import ModelInfo, ModelPackage
-from evergreen.models.popularity import Popularity
-from evergreen.models.registry import MODEL_NAMES, build_model, model_config
-from evergreen.models.split.halves import FoldedLayers, Halves, PartialFirstOrder, PlainModel, half_of
+from evergreen.models.registry import MODEL_NAMES
+from evergreen.models.split.halves import (
+    FoldedLayers,
+    Half,
+    Halves,
+    PartialFirstOrder,
+    PlainModel,
+    SplitModel,
+    half_of,
+)
 from evergreen.models.split.networks import split_model
 from evergreen.models.split.request import PairColumns, PairEncoder, UserEncoder
 from evergreen.models.split.scorer import SplitScorer
-from tests.unit.models.small_spec import SPEC, some_rows
-
-NUM_ITEMS, NUM_PAIRS = 12, 30
-CATEGORICAL, NUMERIC = ColumnKind.CATEGORICAL, ColumnKind.NUMERIC
-FEATURES = tuple(
-    Feature(name=name, kind=kind, origin=origin)
-    for name, kind, origin in (
-        ("item_id", CATEGORICAL, FeatureOrigin.ITEM),
-        ("user_id", CATEGORICAL, FeatureOrigin.USER),
-        ("item_positives_1d", NUMERIC, FeatureOrigin.ITEM),
-        ("user_category_events_1d", NUMERIC, FeatureOrigin.USER_CATEGORY),
-        ("user_events_1d", NUMERIC, FeatureOrigin.USER),
-        ("user_history", ColumnKind.SEQUENCE, FeatureOrigin.USER),
-        ("tags", ColumnKind.MULTI, FeatureOrigin.ITEM),
-        ("item_category", CATEGORICAL, FeatureOrigin.ITEM),
-        ("price", NUMERIC, FeatureOrigin.ITEM),
-        ("hour", CATEGORICAL, FeatureOrigin.ON_DEMAND),
-        ("user_age_seconds", NUMERIC, FeatureOrigin.ON_DEMAND),
-        ("item_age_seconds", NUMERIC, FeatureOrigin.ON_DEMAND),
-        ("user_category_rate_1d", NUMERIC, FeatureOrigin.USER_CATEGORY),
-        ("device", CATEGORICAL, FeatureOrigin.CONTEXT),
-        ("languages", ColumnKind.MULTI, FeatureOrigin.CONTEXT),
-    )
+from tests.unit.models.small_package import (
+    CATEGORICAL,
+    FEATURES,
+    NUM_ITEMS,
+    NUM_PAIRS,
+    NUMERIC,
+    Request,
+    make_package,
+    some_table,
 )
-ARROW = {CATEGORICAL: pa.string(), NUMERIC: pa.float64()}
-
-
-def some_table(num_rows: int, *, seed: int = 0, features: tuple[Feature, ...] = FEATURES) -> pa.Table:
-    """Rows with nulls everywhere, heavy tails, and ids of which some are rare."""
-    rng = np.random.default_rng(seed)
-
-    def ids(letter: str) -> list[str | None]:
-        return [None if k == 0 else f"{letter}{k}" for k in np.minimum(rng.geometric(0.15, size=num_rows) - 1, 30)]
-
-    def lists(letter: str) -> list[list[str | None] | None]:
-        lengths = rng.integers(-1, 9, size=num_rows)
-        return [
-            None if n < 0 else [None if k > 28 else f"{letter}{k}" for k in rng.integers(30, size=n)] for n in lengths
-        ]
-
-    columns = {}
-    for place, feature in enumerate(features):
-        if feature.kind is NUMERIC:
-            values = rng.lognormal(2, 1.5, num_rows) if place % 2 else rng.normal(3, 2, num_rows)
-            columns[feature.name] = pa.array(np.where(rng.random(num_rows) < 0.2, np.nan, values), from_pandas=True)
-        elif feature.kind is CATEGORICAL:
-            columns[feature.name] = pa.array(ids(feature.name[0]), pa.string())
-        else:
-            letter = "i" if feature.kind is ColumnKind.SEQUENCE else feature.name[0]
-            columns[feature.name] = pa.array(lists(letter), pa.list_(pa.string()))
-    return pa.table(columns)
-
-
-def drifted(table: pa.Table) -> pa.Table:
-    """The rows with numbers a hundred times as large."""
-    columns = {name: table[name] for name in table.column_names}
-    return pa.table({n: pc.multiply(c, 100.0) if pa.types.is_floating(c.type) else c for n, c in columns.items()})
-
-
-def random_weights(model: nn.Module) -> None:
-    """Weights in which every part has a say: as after training."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        if isinstance(model, Popularity):
-            model.weights.copy_(torch.randn(len(model.weights)))
-        else:
-            model.table.weight[PAD] = 0.0
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2.0)
-        model.set_output(bias=-1.5, scale=0.7)
-
-
-def make_package(
-    name: str,
-    *,
-    kind: LogKind = LogKind.IMPRESSIONS,
-    features: tuple[Feature, ...] = FEATURES,
-    config: EncoderConfig | None = None,
-    **settings: object,
-) -> ModelPackage:
-    torch.manual_seed(0)
-    encoder = Encoder.fit(
-        some_table(400, seed=9, features=features), features, config or EncoderConfig(history_length=6)
-    )
-    model = build_model(name, model_config(name, settings), encoder.spec)
-    random_weights(model)
-    info = ModelInfo(
-        name=name,
-        kind=kind,
-        mapping_name="synthetic",
-        snapshot_id="5" * 64,
-        feature_service="ranker_v1",
-        as_of=datetime(2025, 1, 1, tzinfo=UTC),
-        features=features,
-        hyperparameters={},
-        training={},
-        train_rows=400,
-        label_mean=0.5,
-        num_parameters=1,
-        rating_minimum=-2.0,
-        rating_maximum=-1.0,
-    )
-    calibration = None if kind is LogKind.RATINGS else PlattCalibration(slope=0.9, intercept=0.1)
-    return ModelPackage(Path("package"), info, "0" * 64, encoder, model.eval(), calibration, None, None, {})
-
-
-@dataclass(frozen=True)
-class Request:
-    user: pa.Table
-    pairs: pa.Table
-    rows: NDArray[np.int64]
-    items: pa.Table
-    whole: pa.Table
-    """The same request as `ModelPackage.predict` reads it."""
-
-    @classmethod
-    def make(cls, seed: int, *, features: tuple[Feature, ...] = FEATURES, num_pairs: int = NUM_PAIRS) -> Request:
-        items = some_table(NUM_ITEMS, seed=1, features=features)
-        user, pairs = some_table(1, seed=seed, features=features), some_table(num_pairs, seed=seed, features=features)
-        if seed % 2:  # features drift: models cut numbers that training never saw
-            user, pairs = drifted(user), drifted(pairs)
-        rows = np.random.default_rng(seed).integers(-1, NUM_ITEMS, size=num_pairs)
-        of_item = items.take(pa.array(rows, mask=rows < 0))
-        of_user = user.take(pa.array(np.zeros(num_pairs, np.int64)))
-        sources = {Side.USER: of_user, Side.ITEM: of_item, Side.PAIR: pairs}
-        whole = pa.table({f.name: sources[half_of(f)][f.name] for f in features})
-        return cls(user, pairs, rows, items, whole)
-
+from tests.unit.models.small_spec import SPEC, some_rows
 
 VARIANTS: list[tuple[str, dict[str, object]]] = [
     *((name, {}) for name in MODEL_NAMES),
@@ -189,6 +69,81 @@ def test_scores_are_those_of_whole_rows(name: str, settings: dict[str, object]) 
         np.testing.assert_allclose(probability, package.predict(request.whole), rtol=0, atol=1e-5)
         logits = scorer.logits(request.user, request.pairs, request.rows)
         np.testing.assert_allclose(logits, package.scores(request.whole), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=lambda value: str(value))
+def test_many_requests_at_once_score_as_one_by_one(name: str, settings: dict[str, object]) -> None:
+    scorer = SplitScorer.prepare(make_package(name, **settings), Request.make(0).items)
+    sizes = (30, 17, 31, 0, 1, 5, 16, 1, 30)  # of like size and not, some filled up, one alone
+    requests = [Request.make(seed, num_pairs=size).arguments for seed, size in enumerate(sizes)]
+    many = scorer.score_many(requests)
+    assert [len(scores) for scores in many] == list(sizes)
+    for request, scores in zip(requests, many, strict=True):
+        np.testing.assert_allclose(scores, scorer.score(*request), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 6), (3, 6)], ids=str)
+def test_many_histories_of_unlike_length_score_as_one_by_one(lengths: tuple[int, ...]) -> None:
+    scorer = SplitScorer.prepare(make_package("transformer"), Request.make(0).items)
+    requests = []
+    for seed, length in enumerate(lengths):
+        user, pairs, rows = Request.make(seed).arguments
+        values = user.to_pylist()[0] | {"user_history": [f"i{number}" for number in range(1, 1 + length)]}
+        requests.append((values, pairs, rows))
+        without = scorer.score(values | {"user_history": []}, pairs, rows)
+        assert np.array_equal(scorer.score(values, pairs, rows), without) is (length == 0)
+    for request, scores in zip(requests, scorer.score_many(requests), strict=True):
+        np.testing.assert_allclose(scores, scorer.score(*request), rtol=0, atol=1e-6)
+
+
+def test_many_requests_may_bring_pairs_in_unlike_parts() -> None:
+    scorer = SplitScorer.prepare(make_package("dcn_v2"), Request.make(0).items)
+    names = ("user_category_rate_1d", "user_category_events_1d")
+    requests: list[Any] = []
+    for seed in range(6):
+        user, pairs, rows = Request.make(seed).arguments
+        if seed % 3:  # the same parts, whose values candidates share in some requests and not in others
+            shared = np.column_stack([pairs[name].to_numpy() for name in names])
+            of = np.random.default_rng(seed).integers(-1, len(shared), NUM_PAIRS) if seed % 2 else None
+            ages = PairColumns(("item_age_seconds",), pairs["item_age_seconds"].to_numpy()[:, None])
+            pairs = [PairColumns(names, shared, of), ages]
+        requests.append((user, pairs, rows))
+    for chosen in (requests, [requests[place] for place in (1, 2, 4, 5)]):
+        for request, scores in zip(chosen, scorer.score_many(chosen), strict=True):
+            np.testing.assert_allclose(scores, scorer.score(*request), rtol=0, atol=1e-6)
+
+
+def test_rows_too_many_of_one_request_do_not_make_up_for_those_of_another() -> None:
+    scorer = SplitScorer.prepare(make_package("deepfm"), Request.make(0).items)
+    first, second = Request.make(0), Request.make(1)
+    requests = [(first.user, first.pairs, first.rows[:-1]), (second.user, second.pairs.slice(1), second.rows)]
+    with pytest.raises(ValueError, match="30 rows for 29 candidates"):
+        scorer.score_many(requests)
+
+
+def test_many_requests_are_scored_in_chunks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = SplitScorer.prepare(make_package("deepfm"), Request.make(0).items)
+    requests = [Request.make(seed).arguments for seed in range(5)]
+    whole = scorer.score_many(requests)
+    sizes = []
+    join_each = SplitModel.join_each
+
+    def spy(model: SplitModel, users: Half, items: Half, pairs: torch.Tensor) -> torch.Tensor:
+        sizes.append(pairs.shape[:2])
+        return join_each(model, users, items, pairs)
+
+    monkeypatch.setattr(SplitModel, "join_each", spy)
+    monkeypatch.setattr("evergreen.models.split.scorer._MOST_PAIRS", {"cpu": 70})
+    np.testing.assert_allclose(np.stack(scorer.score_many(requests)), np.stack(whole), atol=1e-6)
+    assert sizes == [(2, NUM_PAIRS), (2, NUM_PAIRS)]  # and one alone
+
+
+@pytest.mark.parametrize("name", ["popularity", "dlrm", "dcn_v2", "transformer"])
+def test_request_of_a_whole_catalogue_is_scored_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, request = SplitScorer.prepare(make_package(name), Request.make(0).items), Request.make(3)
+    whole = scorer.score(*request.arguments)
+    monkeypatch.setattr("evergreen.models.split.scorer._MOST_PAIRS", {"cpu": 7})
+    np.testing.assert_allclose(scorer.score(*request.arguments), whole, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)

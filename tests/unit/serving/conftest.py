@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +17,23 @@ from evergreen.contracts.artifact import sha256_file
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
 from evergreen.contracts.mapping import LogKind, Mapping
 from evergreen.contracts.snapshot import Snapshot, SnapshotFile, SnapshotManifest, event_schema
-from evergreen.contracts.training_set import ColumnKind, Feature
+from evergreen.contracts.training_set import ColumnKind, Feature, Side
 from evergreen.features.columns import feature_columns
+from evergreen.features.online_user import OnlineUser
 from evergreen.features.point_in_time import items_as_of
 from evergreen.features.tables import build_feature_tables
+from evergreen.models.split.halves import half_of
+from evergreen.models.split.request import PairColumns
+from evergreen.serving.answer import Answer
 from evergreen.serving.recommender import Recommender
+from tests.serving import ask
+
+TYPES = {
+    ColumnKind.CATEGORICAL: pa.string(),
+    ColumnKind.NUMERIC: pa.float64(),
+    ColumnKind.SEQUENCE: pa.list_(pa.string()),
+    ColumnKind.MULTI: pa.list_(pa.string()),
+}
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 AS_OF = START + timedelta(days=10)
@@ -83,6 +96,9 @@ class StandInPackage:
     version: str = "standin-0123456789ab"
     tables: list[pa.Table] = field(default_factory=list)
 
+    def prepare(self, items: pa.Table) -> StandInScorer:
+        return StandInScorer(self, items)
+
     def predict(self, table: pa.Table) -> np.ndarray:
         self.tables.append(table)
         logit = np.zeros(table.num_rows)
@@ -94,6 +110,79 @@ class StandInPackage:
                 logit -= np.array([len(item or "") % 3 for item in column.to_pylist()])
         probability = 1 / (1 + np.exp(-logit))
         return 1 + 4 * probability if self.info.kind is LogKind.RATINGS else probability
+
+
+@dataclass(frozen=True)
+class StandInScorer:
+    """Puts the halves together to the table that the package predicts from: what `SplitScorer` must be equal to."""
+
+    package: StandInPackage
+    items: pa.Table
+
+    def features(self, side: Side) -> tuple[Feature, ...]:
+        return tuple(f for f in self.package.info.features if half_of(f) is side)
+
+    def score_many(self, requests: Sequence[Any]) -> list[np.ndarray]:
+        return [self.score(*request) for request in requests]
+
+    def score(self, user: dict[str, Any], pairs: Sequence[PairColumns], rows: np.ndarray) -> np.ndarray:
+        items = self.items.take(pa.array(rows, mask=rows < 0))
+        columns = {}
+        for feature in self.package.info.features:
+            side, name = half_of(feature), feature.name
+            if side is Side.ITEM:
+                columns[name] = items[name] if name in items.column_names else pa.nulls(len(rows), pa.string())
+            elif side is Side.USER:
+                columns[name] = pa.array([user[name]] * len(rows), TYPES[feature.kind])
+            else:
+                (part,) = (part for part in pairs if name in part.names)
+                values = part.values[:, part.names.index(name)]
+                if part.of is not None:
+                    values = np.append(values, np.nan)[part.of]
+                assert values.shape == rows.shape
+                columns[name] = pa.array(values, from_pandas=True)
+        return self.package.predict(pa.table(columns))
+
+    def updated(self, rows: np.ndarray, items: pa.Table) -> StandInScorer:
+        places = np.arange(self.items.num_rows)
+        places[rows] = self.items.num_rows + np.arange(len(rows))
+        both = pa.concat_tables([self.items, items.select(self.items.column_names)])
+        return StandInScorer(self.package, both.take(pa.array(places)))
+
+
+class StandInUsers:
+    """Answers as serving.users.UserFeatures does, from a stand-in store; away while it is told to be."""
+
+    def __init__(self, store: StandInStore) -> None:
+        self.store = store
+        self.away = False
+        row = store.online("ranker_v1", pa.table({key: pa.nulls(1, pa.string()) for key in ("user_id", "category")}))
+        names = [name for name in row.column_names if name not in ("user_id", "category")]
+        self.pair_features = tuple(name for name in names if name.startswith("user_category_"))
+        self.user_features = tuple(name for name in names if name not in self.pair_features)
+
+    def nobody(self, num_categories: int) -> OnlineUser:
+        return OnlineUser(
+            dict.fromkeys(self.user_features), np.full((num_categories, len(self.pair_features)), np.nan), None
+        )
+
+    def one(self, user_id: str, categories: Sequence[str] = ()) -> OnlineUser:
+        keys = {"user_id": [user_id] * (1 + len(categories)), "category": [None, *categories]}
+        found = self.store.online("ranker_v1", pa.table({k: pa.array(v, pa.string()) for k, v in keys.items()}))
+        row = found.slice(0, 1).to_pylist()[0]
+        values = {name: row[name] for name in self.user_features}
+        values = {k: int(v.timestamp() // 1) if isinstance(v, datetime) else v for k, v in values.items()}
+        pairs = [found[name].slice(1).cast(pa.float64()).to_numpy() for name in self.pair_features]
+        known = row["user_first_seen"]
+        return OnlineUser(values, np.stack(pairs, axis=1), known and known.timestamp())
+
+    async def get(self, asked: Sequence[tuple[str, Sequence[str]]]) -> tuple[list[OnlineUser], bool]:
+        if self.away:
+            return [self.nobody(len(categories)) for _, categories in asked], True
+        return [self.one(user_id, categories) for user_id, categories in asked], False
+
+    async def close(self) -> None:
+        """Nothing to close: other recommenders go on with it."""
 
 
 class StandInStore:
@@ -111,6 +200,12 @@ class StandInStore:
 
     def items(self) -> pa.Table:
         return items_as_of(self.tables, self.as_of)
+
+    def catalogue(self) -> pa.Table:
+        return self.items().select(["item_id", "category"])
+
+    def features(self, item_ids: Sequence[str]) -> pa.Table:
+        return self.online("ranker_v1", pa.table({"item_id": pa.array(item_ids, pa.string())}))
 
     def online(self, service: str, entities: pa.Table) -> pa.Table:
         assert service == "ranker_v1"
@@ -134,7 +229,17 @@ class Parts:
     tables: FeatureTables
     store: StandInStore
     package: StandInPackage
+    users: StandInUsers
     recommender: Recommender
+
+    def other(self, **changes: Any) -> Recommender:
+        """A recommender of the same parts, save for some."""
+        parts = {"package": self.package, "mapping": self.mapping, "source": self.store, "users": self.users} | changes
+        prepare = parts.pop("prepare", parts["package"].prepare)
+        return Recommender(prepare=prepare, **({"clock": lambda: AS_OF} | parts))
+
+    def ask(self, **fields: Any) -> Answer:
+        return ask(self.recommender, **fields)
 
 
 def write_snapshot(
@@ -208,8 +313,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Parts]:
                 )
             )
             package = StandInPackage(StandInInfo(mapping.kind, features))
-            recommender = Recommender(package, store, mapping, clock=lambda: AS_OF)
-            built[kind] = Parts(mapping, tables, store, package, recommender)
+            users = StandInUsers(store)
+            recommender = Recommender(package, mapping, store, users, package.prepare, clock=lambda: AS_OF)
+            built[kind] = Parts(mapping, tables, store, package, users, recommender)
         return built[kind]
 
     return build

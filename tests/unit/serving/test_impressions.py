@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,11 +20,12 @@ from prometheus_client import REGISTRY
 from evergreen.contracts.errors import ArtifactError, InputError
 from evergreen.contracts.impressions import feature_table, first_rows, from_message, read_impressions, to_messages
 from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
+from evergreen.models.split.request import PairColumns
+from evergreen.serving.answer import Answer
 from evergreen.serving.impression_sinks import KafkaSink, ParquetSink, open_sink
-from evergreen.serving.impressions import ImpressionLog, Rows
-from evergreen.serving.schema import RankedItem, RankingRequest, Recommendation
+from evergreen.serving.impressions import ImpressionLog, PairValues, Rows
+from tests.serving import ask, make_answer
 
-AT = datetime(2026, 3, 9, 12, tzinfo=UTC)
 PRICE = Feature(name="price", kind=ColumnKind.NUMERIC, origin=FeatureOrigin.ITEM)
 PRICES = pa.table({"price": [0.0, 1.0, 2.0], "category": ["c0", None, "c2"]})
 HOUR = 3600.0
@@ -83,15 +85,9 @@ class Memory:
         return [row for table in self.tables.values() for row in table["request_id"].to_pylist()]
 
 
-def answer(*item_ids: str, model: str = "standin-0") -> Recommendation:
-    items = tuple(RankedItem(item_id=i, rank=rank, probability=0.5) for rank, i in enumerate(item_ids, start=1))
-    return Recommendation(user_id="u1", items=items, model_version=model, event_timestamp=AT)
-
-
 def record(log: ImpressionLog, request_id: str, *, rows: tuple[int, ...] = (0, 2)) -> None:
-    log.record(
-        answer(*(f"item-{row}" for row in rows)), (PRICE,), [Rows(PRICES, rows)], request_id=request_id, degraded=False
-    )
+    shown = [f"item-{row}" for row in rows]
+    log.record(make_answer(*shown, request_id=request_id), (PRICE,), [Rows(PRICES, np.array(rows))])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -101,16 +97,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def serve(serving: Any, log: ImpressionLog, request: RankingRequest, request_id: str) -> Recommendation:
-    """Answer a request and log it with the table that the model scored."""
-    given: Recommendation = serving.recommender.recommend(request)
-    table = serving.package.tables[-1]
-    ids = table["item_id"].to_pylist() if "item_id" in table.column_names else [None]
-    rows = [ids.index(item.item_id) for item in given.items] or [0]
-    catalogue = serving.recommender._items
-    sources = [Rows(table, rows), Rows(catalogue.table, catalogue.find([item.item_id for item in given.items] or [""]))]
-    log.record(given, serving.package.info.features, sources, request_id=request_id)
-    return given
+def serve(serving: Any, log: ImpressionLog, **fields: Any) -> Answer:
+    """Answer a request and log it."""
+    return ask(serving.other(impressions=log), **fields)
 
 
 def read(path: object) -> pa.Table:
@@ -123,14 +112,14 @@ def test_a_row_is_a_shown_item_with_the_features_that_were_scored(
 ) -> None:
     serving = parts("impressions")
     with ImpressionLog(ParquetSink(str(tmp_path))) as log:
-        given = serve(serving, log, RankingRequest(user_id="u1", k=4, context={"device": "phone"}), "r1")
+        given = serve(serving, log, user_id="u1", k=4, context={"device": "phone"}, request_id="r1")
         scored = serving.package.tables[-1]
-        other = serve(serving, log, RankingRequest(user_id="nobody yet", candidates=["item-1", "new"]), "r2")
+        other = serve(serving, log, user_id="nobody yet", candidates=["item-1", "item-6"], request_id="r2")
     rows = read(tmp_path)
     assert rows["request_id"].to_pylist() == ["r1"] * 4 + ["r2"] * 2
-    assert rows["item_id"].to_pylist() == [item.item_id for item in (*given.items, *other.items)]
+    assert rows["item_id"].to_pylist() == given.item_ids + other.item_ids
     assert rows["position"].to_pylist() == [1, 2, 3, 4, 1, 2]
-    assert rows["score"].to_pylist() == [item.probability for item in (*given.items, *other.items)]
+    assert rows["score"].to_pylist() == given.scores.tolist() + other.scores.tolist()
     assert rows["known_user"].to_pylist() == [True] * 4 + [False] * 2
     assert set(rows["model_version"].to_pylist()) == {"standin-0123456789ab"}
     assert rows["event_timestamp"][0].as_py() == given.event_timestamp
@@ -139,46 +128,46 @@ def test_a_row_is_a_shown_item_with_the_features_that_were_scored(
         f.name for f in serving.package.info.features if f.name not in ("user_id", "item_id")
     ]
     place = {item: row for row, item in enumerate(scored["item_id"].to_pylist())}
-    expected = scored.take([place[item.item_id] for item in given.items])
+    expected = scored.take([place[item] for item in given.item_ids])
     for name in features.column_names:
         assert features[name].to_pylist()[:4] == expected[name].to_pylist(), name
     categories = dict(zip(*(serving.store.items()[name].to_pylist() for name in ("item_id", "category")), strict=True))
     assert rows["category"].to_pylist() == [categories.get(item) for item in rows["item_id"].to_pylist()]
-    new = rows["item_id"].to_pylist().index("new")
-    assert features["price"][new].as_py() is None and features["tags"][new].as_py() is None
     assert counts() == {"written": 2}
 
 
 def test_log_of_ratings_has_the_rating_as_score(parts: Callable[[str], Any], tmp_path: Path) -> None:
     with ImpressionLog(ParquetSink(str(tmp_path))) as log:
-        given = serve(parts("ratings"), log, RankingRequest(user_id="u1", k=3), "r1")
-    assert read(tmp_path)["score"].to_pylist() == [item.rating for item in given.items]
+        given = serve(parts("ratings"), log, user_id="u1", k=3, request_id="r1")
+    assert read(tmp_path)["score"].to_pylist() == given.scores.tolist()
 
 
 def test_log_without_items_has_a_row_for_each_request(parts: Callable[[str], Any], tmp_path: Path) -> None:
     with ImpressionLog(ParquetSink(str(tmp_path))) as log:
-        given = [serve(parts("context_only"), log, RankingRequest(context={"i1": i}), f"r{i}") for i in range(3)]
+        given = [serve(parts("context_only"), log, context={"i1": i}, request_id=f"r{i}") for i in range(3)]
     rows = read(tmp_path)
-    assert rows["score"].to_pylist() == [g.probability for g in given]
+    assert rows["score"].to_pylist() == [g.scores[0] for g in given]
     assert rows["item_id"].null_count == rows["position"].null_count == len(rows) == len(first_rows(rows)) == 3
     assert feature_table(rows)["i1"].to_pylist() == [0.0, 1.0, 2.0]
 
 
 def test_sources_together_give_the_features_and_nulls_where_a_row_is_unknown(tmp_path: Path) -> None:
-    age = Feature(name="age", kind=ColumnKind.NUMERIC, origin=FeatureOrigin.USER)
+    age, rate = (Feature(name=n, kind=ColumnKind.NUMERIC, origin=FeatureOrigin.USER) for n in ("age", "rate"))
+    pairs = PairColumns(("rate", "other"), np.array([[0.25, 1.0], [np.nan, 2.0]]), np.array([1, -1, 0]))
     with ImpressionLog(sink := Memory()) as log:
-        for number, rows in enumerate([[2, -1], [None, 1], pa.array([0, None])]):
-            person = pa.table({"age": [30 + number], "price": [99.0]})  # whoever comes first is asked first
-            log.record(
-                answer("a", "b"),
-                (age, PRICE),
-                [Rows(PRICES, rows), Rows(person, [0, 0])],
-                request_id=f"r{number}",
-                degraded=number == 1,
-            )
+        for number, rows in enumerate([[2, -1], [-1, 1], [0, -1]]):
+            sources = [
+                {"age": 30 + number, "unread": object()},
+                PairValues.of(pairs, np.array([2, number % 2])),
+                Rows(PRICES, np.array(rows)),
+                Rows(pa.table({"price": [99.0]}), np.zeros(2, np.int64)),  # whoever comes first is asked first
+            ]
+            shown = make_answer("a", "b", request_id=f"r{number}", degraded=number == 1)
+            log.record(shown, (age, rate, PRICE), sources)
     (table,) = sink.tables.values()
     assert feature_table(table)["price"].to_pylist() == [2.0, None, None, 1.0, 0.0, None]
     assert feature_table(table)["age"].to_pylist() == [30.0, 30.0, 31.0, 31.0, 32.0, 32.0]
+    assert feature_table(table)["rate"].to_pylist() == [0.25, None] * 3
     assert table["category"].to_pylist() == ["c2", None, None, None, "c0", None]
     assert table["degraded"].to_pylist() == [False, False, True, True, False, False]
 
@@ -186,7 +175,7 @@ def test_sources_together_give_the_features_and_nulls_where_a_row_is_unknown(tmp
 def test_model_that_reads_ids_alone_is_logged(tmp_path: Path) -> None:
     item = Feature(name="item_id", kind=ColumnKind.CATEGORICAL, origin=FeatureOrigin.ITEM)
     with ImpressionLog(ParquetSink(str(tmp_path))) as log:
-        log.record(answer("a", "b"), (item,), [Rows(PRICES, [0, 1])], request_id="r")
+        log.record(make_answer("a", "b"), (item,), [Rows(PRICES, np.array([0, 1]))])
     rows = read(tmp_path)
     assert rows["item_id"].to_pylist() == ["a", "b"] and rows["category"].to_pylist() == ["c0", None]
     assert feature_table(rows).column_names == []
@@ -196,7 +185,7 @@ def test_model_that_reads_ids_alone_is_logged(tmp_path: Path) -> None:
 def test_context_feature_may_have_the_name_of_a_column(tmp_path: Path) -> None:
     score = Feature(name="score", kind=ColumnKind.CATEGORICAL, origin=FeatureOrigin.CONTEXT)
     with ImpressionLog(ParquetSink(str(tmp_path))) as log:
-        log.record(answer("a"), (score,), [Rows(pa.table({"score": ["high"]}), [0])], request_id="r")
+        log.record(make_answer("a"), (score,), [{"score": "high"}])
     assert read(tmp_path)["score"].to_pylist() == [0.5]
     assert feature_table(read(tmp_path))["score"].to_pylist() == ["high"]
 
@@ -204,8 +193,8 @@ def test_context_feature_may_have_the_name_of_a_column(tmp_path: Path) -> None:
 def test_message_gives_the_rows_back(parts: Callable[[str], Any]) -> None:
     serving = parts("impressions")
     with ImpressionLog(sink := Memory()) as log:
-        serve(serving, log, RankingRequest(user_id="u1", k=3, context={"device": "phone", "battery": 0.25}), "r1")
-        serve(serving, log, RankingRequest(user_id="nobody yet", candidates=["new"]), "r2")
+        serve(serving, log, user_id="u1", k=3, context={"device": "phone", "battery": 0.25}, request_id="r1")
+        serve(serving, log, user_id="nobody yet", candidates=["item-2"], request_id="r2")
     (rows,) = sink.tables.values()
     messages = to_messages(rows)
     assert [key for key, _ in messages] == [b"u1", b"nobody yet"]
@@ -257,10 +246,10 @@ def test_request_that_cannot_be_encoded_is_dropped_alone(counts: Counts, caplog:
     with ImpressionLog(sink := Memory()) as log:
         record(log, "r0")
         record(log, "half a surrogate \ud800")
-        log.record(answer("a"), (PRICE,), [Rows(pa.table({"cost": [1.0]}), [0])], request_id="no price")
-        log.record(answer("a"), (PRICE,), [Rows(PRICES, [0, 1])], request_id="too many rows")
-        log.record(answer("a"), (PRICE,), [Rows(PRICES, [17])], request_id="no such row")
-        log.record(answer("a"), (PRICE,), [Rows(pa.table({"price": ["dear"]}), [0])], request_id="text")
+        log.record(make_answer("a", request_id="no price"), (PRICE,), [Rows(pa.table({"cost": [1.0]}), np.array([0]))])
+        log.record(make_answer("a", request_id="too many rows"), (PRICE,), [Rows(PRICES, np.array([0, 1]))])
+        log.record(make_answer("a", request_id="no such row"), (PRICE,), [Rows(PRICES, np.array([17]))])
+        log.record(make_answer("a", request_id="text"), (PRICE,), [Rows(pa.table({"price": ["dear"]}), np.array([0]))])
         record(log, "r1")
     assert sink.request_ids == ["r0", "r0", "r1", "r1"]
     assert counts() == {"written": 2, "dropped encoding": 5}
@@ -354,9 +343,7 @@ def test_models_with_other_features_have_files_of_their_own(tmp_path: Path) -> N
     tags = Feature(name="tags", kind=ColumnKind.MULTI, origin=FeatureOrigin.ITEM)
     with ImpressionLog(ParquetSink(str(tmp_path))) as log:
         record(log, "r0")
-        log.record(
-            answer("a", model="other-1"), (tags,), [Rows(pa.table({"tags": [["x", "y"]]}), [0])], request_id="r1"
-        )
+        log.record(make_answer("a", request_id="r1", model="other-1"), (tags,), [{"tags": ["x", "y"]}])
     first, second = read_impressions(str(tmp_path))
     assert feature_table(first).column_names == ["price"]
     assert (

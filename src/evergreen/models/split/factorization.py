@@ -44,6 +44,10 @@ class SplitSum(SplitModel):
         """(1,) sum."""
         return (self._terms(user),)
 
+    def user_halves(self, users: ModelInputs) -> Half:
+        """(U, 1) sums."""
+        return (self._terms(users).unsqueeze(1),)
+
     def join(self, user: Half, items: Half, pairs: Tensor) -> Tensor:
         """(m,) responses."""
         total = user[0] + items[0]

@@ -90,6 +90,16 @@ class SplitModel(ABC):
     def join(self, user: Half, items: Half, pairs: Tensor) -> Tensor:
         """(m,) responses of one user, m items and (m, P) numbers of pairs. May overwrite `items`."""
 
+    def user_halves(self, users: ModelInputs) -> Half:
+        """(U, 1, …) tensors of U users at once, what `user_half` gives of each."""
+        halves: Half = torch.vmap(self.user_half)(ModelInputs(*(tensor.unsqueeze(1) for tensor in users)))
+        return halves
+
+    def join_each(self, users: Half, items: Half, pairs: Tensor) -> Tensor:
+        """(U, m) responses of U users at once, each with m items of its own, (U, m, …), and (U, m, P) numbers."""
+        responses: Tensor = torch.vmap(self.join)(users, items, pairs)
+        return responses
+
 
 class PlainModel(SplitModel):
     """Any model: only encoding is done ahead, all of the network is computed for each candidate."""
@@ -112,6 +122,16 @@ class PlainModel(SplitModel):
         categorical, numeric, bags = (ours + theirs for ours, theirs in zip(user, items, strict=True))
         numeric[:, self._pair_numbers] = pairs
         return self._model.response(categorical, numeric, bags)
+
+    def user_halves(self, users: ModelInputs) -> Half:
+        """(U, 1, …) encoded rows of the users."""
+        return tuple(tensor.unsqueeze(1) for tensor in users)
+
+    def join_each(self, users: Half, items: Half, pairs: Tensor) -> Tensor:
+        """(U, m) responses: of all pairs in one list, because what a model does may not fit `torch.vmap`."""
+        spread = tuple(tensor.expand(-1, pairs.shape[1], -1).flatten(0, 1) for tensor in users)
+        flat = tuple(tensor.flatten(0, 1) for tensor in items)
+        return self.join(spread, flat, pairs.flatten(0, 1)).view(pairs.shape[:2])
 
 
 class TableRows:
@@ -155,7 +175,7 @@ class TableRows:
         places = torch.cat([user.categorical, user.bags], dim=1)[0]
         rows = self._sums @ self._table.weight.index_select(0, places)
         if self._has_bags:  # a field has no values to be divided by
-            rows /= (self._values @ (places != PAD).float()).clamp_(min=1.0).pow_(self._exponent)[:, None]
+            rows /= (self._values @ (places != PAD).float()).clamp(min=1.0).pow(self._exponent)[:, None]
         return rows.unsqueeze(0)
 
 

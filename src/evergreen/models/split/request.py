@@ -43,6 +43,22 @@ class PairColumns:
     values: NDArray[np.float64]
     of: NDArray[np.int64] | None = None
 
+    def check(self, num_pairs: int) -> None:
+        """Raise ValueError unless there is a row for each candidate."""
+        if (rows := len(self.values) if self.of is None else len(self.of)) != num_pairs:
+            raise ValueError(f"{', '.join(self.names)}: {rows} rows for {num_pairs} candidates")
+
+
+def _joined(parts: Sequence[PairColumns]) -> PairColumns:
+    """The same features of several requests, one request after the other."""
+    values = np.concatenate([part.values for part in parts])
+    if all(part.of is None for part in parts):
+        return PairColumns(parts[0].names, values)
+    starts = np.cumsum([0, *(len(part.values) for part in parts)])
+    places = [np.arange(len(part.values)) if part.of is None else part.of for part in parts]
+    of = [np.where(own < 0, -1, own + start) for own, start in zip(places, starts, strict=False)]
+    return PairColumns(parts[0].names, values, np.concatenate(of))
+
 
 class UserEncoder:
     """Encodes the user's half of one request."""
@@ -81,26 +97,35 @@ class UserEncoder:
         Raises:
             ArtifactError: a feature is absent, or its value is of a type that does not fit; names it.
         """
-        if not self._names <= user.keys():
-            check_columns(self.features, list(user))
-        categorical = np.zeros((1, self._spec.categorical_width), np.int64)
-        for name, place, second, rows in self._fields:
-            value = user[name]
-            first_row, second_row = rows(value if value is None or type(value) is str else _as_text(name, value))
-            categorical[0, place] = first_row
-            if second is not None:
-                categorical[0, second] = second_row
-        bags = np.zeros((1, self._spec.bag_width), np.int64)
-        for field, start in self._bags:
-            if values := user[field.state.name]:
-                bag = self._bag_rows(field, values)
-                bags[0, start : start + len(bag)] = bag
-        encoded = self._encode(_raw_numbers(self._columns, user))
-        numeric = np.zeros((1, self._spec.numeric_width), np.float32)
+        inputs, first_order = self.encode_many([user])
+        return inputs, float(first_order[0])
+
+    def encode_many(self, users: Sequence[Mapping[str, Any]]) -> tuple[ModelInputs, NDArray[np.float32]]:
+        """(num_users,) rows and first orders, each as of `encode`."""
+        categorical = np.zeros((len(users), self._spec.categorical_width), np.int64)
+        bags = np.zeros((len(users), self._spec.bag_width), np.int64)
+        raw = np.empty((len(users), len(self._columns)))
+        for row, user in enumerate(users):
+            if not self._names <= user.keys():
+                check_columns(self.features, list(user))
+            for name, place, second, rows in self._fields:
+                value = user[name]
+                first_row, second_row = rows(value if value is None or type(value) is str else _as_text(name, value))
+                categorical[row, place] = first_row
+                if second is not None:
+                    categorical[row, second] = second_row
+            for field, start in self._bags:
+                if values := user[field.state.name]:
+                    bag = self._bag_rows(field, values)
+                    bags[row, start : start + len(bag)] = bag
+            raw[row] = _raw_numbers(self._columns, user)
+        encoded = self._encode(raw)
+        numeric = np.zeros((len(users), self._spec.numeric_width), np.float32)
         numeric[:, self._numbers] = encoded
-        first_order = 0.0 if self._first_order is None else float(self._first_order(encoded)[0])
-        inputs = ModelInputs(torch.from_numpy(categorical), torch.from_numpy(numeric), torch.from_numpy(bags))
-        return inputs, first_order
+        first_order = np.zeros(len(users), np.float32) if self._first_order is None else self._first_order(encoded)
+        return ModelInputs(
+            torch.from_numpy(categorical), torch.from_numpy(numeric), torch.from_numpy(bags)
+        ), first_order
 
     def _category_rows(self, field: EncodedField) -> Callable[[str | None], tuple[int, int]]:
         """From a value to its first and second table row; devices, hours and segments come again and again."""
@@ -161,8 +186,7 @@ class PairEncoder:
         first_order = np.zeros(num_pairs, np.float32)
         for part, columns in zip(self._plan(tuple(part.names for part in pairs)), pairs, strict=True):
             values, of = columns.values, columns.of
-            if (rows := len(values) if of is None else len(of)) != num_pairs:
-                raise ValueError(f"{', '.join(columns.names)}: {rows} rows for {num_pairs} candidates")
+            columns.check(num_pairs)
             if part is None:
                 continue
             values = values if part.chosen is None else values[:, part.chosen]
@@ -174,6 +198,20 @@ class PairEncoder:
                 terms = part.first_order(encoded)
                 first_order += terms if of is None else terms[of]
         return numeric, first_order
+
+    def encode_many(
+        self, pairs: Sequence[pa.Table | Sequence[PairColumns]], num_pairs: Sequence[int]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """As of `encode`, of several requests' pairs, one request after the other."""
+        parts = [[self._from_table(own)] if isinstance(own, pa.Table) else own for own in pairs]
+        if len({tuple(part.names for part in own) for own in parts}) > 1:
+            encoded = [self.encode(own, number) for own, number in zip(parts, num_pairs, strict=True)]
+            numeric, first_order = zip(*encoded, strict=True)
+            return np.concatenate(numeric), np.concatenate(first_order)
+        for own, number in zip(parts, num_pairs, strict=True):
+            for part in own:  # before they are put together, where too many of one would make up for too few of another
+                part.check(number)
+        return self.encode([_joined(alike) for alike in zip(*parts, strict=True)], sum(num_pairs))
 
     def _from_table(self, table: pa.Table) -> PairColumns:
         values = np.empty((table.num_rows, len(self.names)))
@@ -249,10 +287,10 @@ class NumberEncoder:
 
 
 def _raw_numbers(columns: Sequence[NumericColumn], values: Mapping[str, Any]) -> NDArray[np.float64]:
-    """(1, len(columns)) with nan where missing."""
+    """(len(columns),) with nan where missing."""
     raw = [values[column.name] for column in columns]
     try:
-        return np.array([np.nan if value is None else value for value in raw], dtype=np.float64)[None]
+        return np.array([np.nan if value is None else value for value in raw], dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         for column, value in zip(columns, raw, strict=True):
             if not isinstance(value, int | float | None):

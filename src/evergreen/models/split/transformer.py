@@ -10,7 +10,7 @@ from evergreen.contracts.training_set import Side
 from evergreen.models.inputs import PAD, ModelInputs
 from evergreen.models.split.factorization import SplitFactorizationMachine
 from evergreen.models.split.halves import FoldedLayers, Half, Halves
-from evergreen.models.transformer import Transformer
+from evergreen.models.transformer import Transformer, last_states
 
 
 class SplitTransformer(SplitFactorizationMachine):
@@ -41,13 +41,28 @@ class SplitTransformer(SplitFactorizationMachine):
         states = self._transformer.encode_history(rows)[0]
         return terms, states, states[-1] * self._latest
 
+    def user_halves(self, users: ModelInputs) -> Half:
+        """Of U users: as `user_half`, up to the longest history, and (U, L) what keeps states beyond each one's out."""
+        (terms,) = torch.vmap(super().user_half)(ModelInputs(*(tensor.unsqueeze(1) for tensor in users)))
+        rows = self._transformer.history(users.bags)
+        lengths = (rows != PAD).sum(dim=1)
+        rows = rows[:, : int(lengths.max())]
+        if rows.shape[1] == 0:
+            return (terms,)
+        beyond = rows == PAD
+        states = self._transformer.encode_history(rows).masked_fill(beyond[:, :, None], 0.0)
+        # A mean over no states at all would be nan; over zeros it is zero, which says as little.
+        kept_out = (beyond & (lengths > 0)[:, None]).float() * torch.finfo(torch.float32).min
+        return terms, states, last_states(states, lengths) * self._latest, kept_out
+
     def join(self, user: Half, items: Half, pairs: Tensor) -> Tensor:
         """(m,) responses."""
         terms, candidate = items
         response = super().join(user[:1], (terms,), pairs)
         if len(user) == 1:  # an empty history says nothing
             return response
-        _, states, latest = user
-        weight = functional.softmax(candidate @ (states.T / self._root), dim=1)
+        _, states, latest, *kept_out = user
+        likeness = candidate @ (states.T / self._root)
+        weight = functional.softmax(likeness + kept_out[0] if kept_out else likeness, dim=1)
         attended = torch.addmm(latest, weight, states * self._attended)
         return response.add_(torch.linalg.vecdot(attended, candidate))

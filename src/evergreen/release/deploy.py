@@ -1,0 +1,92 @@
+"""Promotion and the way back on one machine: the link is switched, and the server told to read it again.
+
+The server loads the package beside the one that answers and drops no request (V2 repository load). If it will not have
+the package, the link goes back to where it was, and so does the history.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+
+from evergreen.contracts.errors import EvergreenError
+from evergreen.contracts.release import CanaryReport, Release
+from evergreen.release.store import ReleaseStore
+
+_LOAD_SECONDS = 300.0
+
+logger = logging.getLogger(__name__)
+
+
+def promote(
+    store: ReleaseStore,
+    package: Path,
+    version: str,
+    *,
+    as_of: datetime,
+    reason: str,
+    canary: CanaryReport | None = None,
+    server: httpx.Client | None = None,
+    model_name: str = "evergreen",
+) -> Release:
+    """Let a package serve.
+
+    Args:
+        store: of releases.
+        package: its directory.
+        version: of it.
+        as_of: from when it serves.
+        reason: why, for people.
+        canary: what was seen of it.
+        server: a client of the server that serves `store.current`, started with --allow-reload; None: it reads the
+            link when it starts.
+        model_name: in the URL.
+
+    Raises:
+        ArtifactError: the canary failed, or the release is older than what serves.
+        EvergreenError: the server cannot load the package, or cannot be reached; what served before is released again.
+    """
+    release = store.release(package, version, as_of=as_of, reason=reason, canary=canary)
+    if server is not None:
+        try:
+            _load(server, version, model_name)
+        except EvergreenError as error:
+            if release.previous is not None:
+                store.roll_back(as_of=as_of, reason=f"the server could not load {version}: {error}")
+            raise
+    logger.info("%s serves, after %s: %s", version, release.previous or "nothing", reason)
+    return release
+
+
+def roll_back(
+    store: ReleaseStore,
+    *,
+    as_of: datetime,
+    reason: str,
+    server: httpx.Client | None = None,
+    model_name: str = "evergreen",
+) -> Release:
+    """Let the package serve again that served before. Arguments and errors as for `promote`."""
+    release = store.roll_back(as_of=as_of, reason=reason)
+    if server is not None:
+        _load(server, release.version, model_name)
+    logger.info("%s serves again, after %s: %s", release.version, release.previous, reason)
+    return release
+
+
+def _load(server: httpx.Client, version: str, model_name: str) -> None:
+    try:
+        response = server.post(f"/v2/repository/models/{model_name}/load", timeout=_LOAD_SECONDS)
+        if not response.is_success:
+            raise EvergreenError(f"{server.base_url}: HTTP {response.status_code}: {response.text}")
+        serving = server.get(f"/v2/models/{model_name}").json()["versions"]
+    except httpx.TransportError as error:
+        raise EvergreenError(f"{server.base_url}: cannot be reached: {error}; is the server running?") from error
+    if version not in serving:
+        raise EvergreenError(
+            f"{server.base_url}: serves {', '.join(serving)} after loading, not {version}: was it started with --model "
+            "on the releases' link?"
+        )

@@ -1,0 +1,122 @@
+"""The folder of releases; see `contracts.release` for its layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from evergreen.contracts.artifact import atomic_directory
+from evergreen.contracts.errors import ArtifactError
+from evergreen.contracts.release import CanaryReport, Release, ReleaseKind
+
+CURRENT = "current"
+PACKAGES = "packages"
+HISTORY = "history.jsonl"
+
+
+class ReleaseStore:
+    """Releases on a file system that knows symbolic links. One writer at a time; readers always see a whole package."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.current = self.path / CURRENT
+        """The link that a server is given."""
+
+    def history(self) -> list[Release]:
+        """All releases, oldest first.
+
+        Raises:
+            ArtifactError: a line of the history is no release.
+        """
+        file = self.path / HISTORY
+        if not file.exists():
+            return []
+        releases = []
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            try:
+                releases.append(Release.model_validate_json(line))
+            except ValidationError as error:
+                raise ArtifactError(f"{file}, line {number}: not a release: {error.errors()[0]['msg']}") from error
+        return releases
+
+    def package(self, version: str) -> Path:
+        """Where the package of a version is."""
+        return self.path / PACKAGES / version
+
+    def release(
+        self, package: Path, version: str, *, as_of: datetime, reason: str, canary: CanaryReport | None = None
+    ) -> Release:
+        """Let a package serve.
+
+        Args:
+            package: its directory; copied, so that it outlives the run that made it.
+            version: of it.
+            as_of: from when it serves.
+            reason: why, for people.
+            canary: what was seen of it before.
+
+        Raises:
+            ArtifactError: its canary failed, or it is older than what serves.
+        """
+        if canary is not None and not canary.passed:
+            raise ArtifactError(f"{version} is not released: {canary.failures}")
+        if not self.package(version).exists():
+            with atomic_directory(self.package(version)) as scratch:
+                shutil.copytree(package, scratch, dirs_exist_ok=True)
+        return self._put(version, ReleaseKind.RELEASE, as_of, reason, canary)
+
+    def roll_back(self, *, as_of: datetime, reason: str) -> Release:
+        """Let the package serve again that served before the one that serves now.
+
+        Raises:
+            ArtifactError: there is none before it, or its package is gone.
+        """
+        history = self.history()
+        target = history[-1].previous if history else None
+        if target is None:
+            raise ArtifactError(f"{self.path}: nothing served before: there is no way back")
+        if not self.package(target).is_dir():
+            raise ArtifactError(f"{self.package(target)}: the package that served before is gone")
+        return self._put(target, ReleaseKind.ROLLBACK, as_of, reason, None)
+
+    def _put(
+        self, version: str, kind: ReleaseKind, as_of: datetime, reason: str, canary: CanaryReport | None
+    ) -> Release:
+        history = self.history()
+        if history and as_of < history[-1].released_at:
+            raise ArtifactError(
+                f"as_of={as_of}: {history[-1].version} was released later, at {history[-1].released_at}"
+            )
+        release = Release(
+            version=version,
+            kind=kind,
+            released_at=as_of,
+            reason=reason,
+            previous=history[-1].version if history else None,
+            canary=canary,
+        )
+        # The history first: a link that nothing explains would be worse than a line whose link is put there again.
+        with (self.path / HISTORY).open("a") as file:
+            file.write(json.dumps(release.model_dump(mode="json")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.repair()
+        return release
+
+    def repair(self) -> None:
+        """Point the link at what the history says; mends a release that broke off in between."""
+        history = self.history()
+        if not history:
+            return
+        target = Path(PACKAGES) / history[-1].version
+        if not (self.path / target).is_dir():
+            raise ArtifactError(f"{self.path / target}: the package that the history names is gone")
+        scratch = self.path / f".{CURRENT}.partial"
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(target)
+        scratch.replace(self.current)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from evergreen.contracts.errors import ArtifactError
+from evergreen.contracts.release import CanaryCheck, CanaryReport, ReleaseKind
+from evergreen.release.store import ReleaseStore
+
+DAY = datetime(2026, 3, 9, tzinfo=UTC)
+
+
+def package(folder: Path, version: str) -> Path:
+    path = folder / "trained" / version
+    path.mkdir(parents=True)
+    (path / "model.json").write_text(version)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ReleaseStore:
+    store = ReleaseStore(tmp_path / "releases")
+    store.release(package(tmp_path, "lr-1"), "lr-1", as_of=DAY, reason="the first")
+    store.release(package(tmp_path, "fm-2"), "fm-2", as_of=DAY + timedelta(days=1), reason="better")
+    return store
+
+
+def serving(store: ReleaseStore) -> str:
+    return (store.current / "model.json").read_text()
+
+
+def test_the_last_release_serves_and_history_says_why(store: ReleaseStore) -> None:
+    assert serving(store) == "fm-2"
+    assert [(r.version, r.previous, r.reason) for r in store.history()] == [
+        ("lr-1", None, "the first"),
+        ("fm-2", "lr-1", "better"),
+    ]
+
+
+def test_way_back_is_one_step_and_leads_forward_again(store: ReleaseStore) -> None:
+    back = store.roll_back(as_of=DAY + timedelta(days=2), reason="fewer clicks")
+    assert (back.version, back.previous, back.kind) == ("lr-1", "fm-2", ReleaseKind.ROLLBACK)
+    assert serving(store) == "lr-1"
+    assert store.roll_back(as_of=DAY + timedelta(days=3), reason="it was the season").version == "fm-2"
+
+
+def test_there_is_no_way_back_from_the_first(tmp_path: Path) -> None:
+    store = ReleaseStore(tmp_path / "releases")
+    with pytest.raises(ArtifactError, match="nothing served before"):
+        store.roll_back(as_of=DAY, reason="?")
+    store.release(package(tmp_path, "lr-1"), "lr-1", as_of=DAY, reason="the first")
+    with pytest.raises(ArtifactError, match="nothing served before"):
+        store.roll_back(as_of=DAY, reason="?")
+
+
+def test_package_outlives_the_run_that_made_it(store: ReleaseStore, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(tmp_path / "trained")
+    assert serving(store) == "fm-2"
+
+
+def test_challenger_whose_canary_failed_is_not_released(store: ReleaseStore, tmp_path: Path) -> None:
+    failed = CanaryCheck(name="failed_share", value=0.5, limit="at most 0", passed=False)
+    report = CanaryReport(challenger="dlrm-3", champion="fm-2", num_requests=100, checks=(failed,))
+    with pytest.raises(ArtifactError, match=r"dlrm-3 is not released: failed_share is 0\.5, at most 0 allowed"):
+        store.release(package(tmp_path, "dlrm-3"), "dlrm-3", as_of=DAY + timedelta(days=2), reason="?", canary=report)
+    assert serving(store) == "fm-2" and len(store.history()) == 2
+
+
+def test_history_does_not_go_back_in_time(store: ReleaseStore, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="was released later"):
+        store.release(package(tmp_path, "dlrm-3"), "dlrm-3", as_of=DAY, reason="?")
+
+
+def test_release_that_broke_off_is_mended_from_the_history(store: ReleaseStore) -> None:
+    store.current.unlink()
+    store.current.symlink_to("packages/lr-1")
+    store.repair()
+    assert serving(store) == "fm-2"
+
+
+def test_broken_line_of_the_history_is_named(store: ReleaseStore) -> None:
+    with (store.path / "history.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ArtifactError, match=r"history\.jsonl, line 3: not a release"):
+        store.history()
