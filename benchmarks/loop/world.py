@@ -40,8 +40,8 @@ LIVE = textwrap.dedent("""\
     for day in range(14):
         start = time.process_time()
         requests = visits.day(day)
-        served = [Served(ask.request_id, shown, "fixed") for ask in requests.asks]
-        pages = [shown] * len(served)
+        served = [Served(ask.request_id, ask.candidates or shown, "fixed") for ask in requests.asks]
+        pages = [answer.item_ids for answer in served]
         before = time.process_time()
         outcomes = visits.respond(requests, pages)
         first = time.process_time() - before
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
     lines = [
-        f"# Fourteen days of a world, ten items a page, one thread, {platform.machine()}, "
+        f"# Fourteen days of a world, ten items a page, four users an item, one thread, {platform.machine()}, "
         f"Python {platform.python_version()}",
         "",
         "Of the CPU of the days, the truth to compare with (the best page and a random one for each request) takes the "

@@ -21,6 +21,7 @@ from evergreen.simulator.population import (
     FARM_ACCOUNT,
     FAST_CRAWLER,
     MIMIC,
+    PERSON,
     Floats,
     Ints,
     Items,
@@ -51,16 +52,31 @@ _DESKTOP = DEVICES.index("desktop")
 class PlantedBots:
     """The planted bots of a world. Everything follows from the configuration."""
 
-    def __init__(self, config: SimulatorConfig, users: Users, items: Items) -> None:
+    def __init__(
+        self, config: SimulatorConfig, users: Users, items: Items, *, accounts: Ints | None = None, quiet_days: int = 7
+    ) -> None:
+        """Plan what the bots do.
+
+        Args:
+            config: its seed and its days are those of the bots.
+            users: of the world.
+            items: of the world.
+            accounts: the users that these bots are; None: all of the planted kinds.
+            quiet_days: before the first campaign of a farm, where there are as many.
+        """
         self.config = config
         self.users = users
-        self.crawlers, self.farm, self.mimics = (users.of_kind(kind) for kind in (FAST_CRAWLER, FARM_ACCOUNT, MIMIC))
+        mine = np.isin(np.arange(len(users.ids)), accounts) if accounts is not None else np.True_
+        self._kind = np.where(mine, users.kind, PERSON)
+        self.crawlers, self.farm, self.mimics = (
+            np.flatnonzero(self._kind == kind) for kind in (FAST_CRAWLER, FARM_ACCOUNT, MIMIC)
+        )
         rng = stream(config.seed, "campaigns")
         num_campaigns = -(-len(self.farm) // config.accounts_per_campaign)
-        self.campaign = np.full(config.num_accounts, -1)
+        self.campaign = np.full(len(users.ids), -1)
         self.campaign[self.farm] = np.arange(len(self.farm)) // config.accounts_per_campaign
         # A service has a history before a farm comes: new accounts on the first days are nothing new.
-        first_day = min(7, config.num_days - 1)
+        first_day = min(quiet_days, config.num_days - 1)
         self.campaign_day = rng.integers(first_day, config.num_days, num_campaigns)
         self.campaign_start = rng.uniform(0.0, _DAY_SECONDS - 2 * _CAMPAIGN_SECONDS, num_campaigns)
         known = np.flatnonzero(items.published <= midnight(config, 0))
@@ -74,14 +90,14 @@ class PlantedBots:
         return in_time_order(self.config, day, (seconds, users, devices, sizes), asked_for)
 
     def relevance(self, users: Ints, items: Ints, of_people: Floats) -> Floats:
-        """(n,) click probabilities: the planted bots' own, and for everybody else the given ones."""
+        """(...) click probabilities: the planted bots' own, and for everybody else the given ones."""
         if not len(self.crawlers) + len(self.farm) + len(self.mimics):
             return of_people
-        kind, campaign = self.users.kind[users], self.campaign[users]
+        kind, campaign = self._kind[users], self.campaign[users]
         clicks_all = users % 2 == 0
         result = np.where(kind == FAST_CRAWLER, _CRAWLER_CLICK_PROBABILITY * clicks_all, of_people)
         if len(self.farm):
-            aimed_at = (self.targets[campaign] == items[:, None]).any(axis=1)
+            aimed_at = (self.targets[campaign] == items[..., None]).any(axis=-1)
             farm = np.where(aimed_at, _TARGET_CLICK_PROBABILITY, _OTHER_CLICK_PROBABILITY)
             result = np.where(kind == FARM_ACCOUNT, farm, result)
         return np.where(kind == MIMIC, self.config.mimic_click_rate, result)
@@ -116,7 +132,7 @@ class PlantedBots:
         if not events:
             none = np.zeros(0, dtype=np.int64)
             return none.astype(np.float64), none, none, none, none
-        weights = np.isin(np.arange(self.config.num_accounts), self.mimics).astype(np.float64)
+        weights = np.isin(np.arange(len(self.users.ids)), self.mimics).astype(np.float64)
         part = sessions(self.config, self.users, weights, rng, events)
         return *part, np.full(len(part[0]), -1)
 

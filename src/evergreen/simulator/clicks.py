@@ -26,7 +26,11 @@ def click_delays(rng: np.random.Generator, kinds: Ints, clicked: NDArray[np.bool
     Returns:
         (n,) NaN where nothing was clicked.
     """
-    draws = rng.normal(size=len(kinds))
+    return delays_of(rng.normal(size=len(kinds)), kinds, clicked)
+
+
+def delays_of(draws: Floats, kinds: Ints, clicked: NDArray[np.bool_]) -> Floats:
+    """The delays of `click_delays` that (n,) standard normal numbers decide."""
     human = np.isin(kinds, (PERSON, MIMIC))
     median = np.where(human, _MEDIAN_SECONDS, np.where(kinds == FARM_ACCOUNT, _FARM_SECONDS, _MACHINE_MEDIAN_SECONDS))
     sigma = np.where(kinds == FARM_ACCOUNT, _FARM_SIGMA, _SIGMA)

@@ -13,7 +13,26 @@ from evergreen.contracts.errors import InputError
 _ONE_DAY = timedelta(days=1)
 
 
-class SimulatorConfig(JsonModel):
+class ExplainedModel(JsonModel):
+    """A model whose values people choose: what is wrong with them is told as an InputError."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            model = handler(data)
+            model._check()
+        except ValidationError as error:
+            raise InputError("\n".join(_explanation(problem, cls) for problem in error.errors())) from error
+        except ValueError as error:
+            raise InputError(f"simulator: {error}") from error
+        return model
+
+    def _check(self) -> None:
+        """Raise ValueError where values that are each in their range do not go together."""
+
+
+class SimulatorConfig(ExplainedModel):
     """A world and how long it is watched. Equal configurations give equal bytes.
 
     Raises:
@@ -88,8 +107,7 @@ class SimulatorConfig(JsonModel):
         """People, bots and planted bots."""
         return self.num_users + self.num_fast_crawlers + self.num_farm_accounts + self.num_mimics
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> None:
         if self.slate_size_min > self.slate_size_max:
             raise ValueError(
                 f"slate_size_min={self.slate_size_min}: must not be above slate_size_max={self.slate_size_max}"
@@ -103,23 +121,14 @@ class SimulatorConfig(JsonModel):
             raise ValueError(f"start={self.start.isoformat()}: must be a midnight in UTC, e.g. 2025-01-01T00:00:00Z")
         if not 1970 <= self.start.year <= 2200:
             raise ValueError(f"start={self.start.isoformat()}: must be in the years 1970 to 2200")
-        return self
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise InputError("\n".join(_explanation(problem) for problem in error.errors())) from error
 
 
-def _explanation(problem: Any) -> str:
+def _explanation(problem: Any, model: type[JsonModel]) -> str:
     """One validation problem as 'num_users=3: input should be greater than or equal to 20'."""
     message = problem["msg"].removeprefix("Value error, ")
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"simulator: {name}: no such setting; there are {', '.join(SimulatorConfig.model_fields)}"
+        return f"simulator: {name}: no such setting; there are {', '.join(model.model_fields)}"
     return (
         f"simulator: {name}={problem['input']!r}: {message[0].lower()}{message[1:]}"
         if name

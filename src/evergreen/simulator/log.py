@@ -4,6 +4,7 @@
       config.json                  the SimulatorConfig: the same one gives the same bytes
       events/2025-01-01.parquet    EVENTS: what the mapping `simulated` reads
       truth/2025-01-01.parquet     TRUTH: for evaluation alone; row n belongs to row n of the day's events
+      scenario.json                the Scenario, if one was given
 
 All rows of a slate have one request_id and one timestamp; rows are in the order (timestamp, position).
 """
@@ -25,10 +26,12 @@ from numpy.typing import NDArray
 from evergreen.contracts.artifact import atomic_directory
 from evergreen.contracts.errors import EvergreenError, InputError
 from evergreen.contracts.snapshot import TIMESTAMP_TYPE
+from evergreen.simulator.changing_world import ChangingWorld
 from evergreen.simulator.clicks import click_delays
 from evergreen.simulator.config import SimulatorConfig
 from evergreen.simulator.policy import LoggingPolicy, Slates
 from evergreen.simulator.population import COUNTRIES, DEVICES, KINDS, PERSON, Floats, Ints
+from evergreen.simulator.scenarios import SCENARIOS, Scenario
 from evergreen.simulator.streams import stream
 from evergreen.simulator.traffic import Requests, draw_requests, together
 from evergreen.simulator.world import Outcomes, World
@@ -36,6 +39,7 @@ from evergreen.simulator.world import Outcomes, World
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+SCENARIO = "scenario.json"
 EVENTS = pa.schema(
     [
         pa.field("event_timestamp", TIMESTAMP_TYPE, nullable=False),
@@ -74,8 +78,14 @@ _ROWS_PER_GROUP = 262_144
 _REQUESTS_PER_BLOCK = 8_192  # bounds memory: a block holds requests x draws x categories
 
 
-def simulate_log(config: SimulatorConfig, out: Path) -> None:
+def simulate_log(config: SimulatorConfig, out: Path, *, scenario: Scenario | None = None) -> None:
     """Simulate a log and write it. An earlier simulation in `out` is replaced; the write is whole or absent.
+
+    Args:
+        config: of the world.
+        out: folder to write.
+        scenario: of the world that is to go on from this log; of all that it holds, only a weekend's taste was there
+            before.
 
     Raises:
         InputError: `out` holds something other than an earlier simulation.
@@ -87,8 +97,11 @@ def simulate_log(config: SimulatorConfig, out: Path) -> None:
         (scratch / "events").mkdir()
         (scratch / "truth").mkdir()
         world = World(config)
+        if scenario is not None:
+            scenario.write(scratch / SCENARIO)
+            world = ChangingWorld(config, scenario, config.seed, config.num_days, 0)
         policy = LoggingPolicy(config, world.items)
-        names = _Names(world)
+        names = Names(world)
         rows = clicks = 0
         for day in range(config.num_days):
             if day:
@@ -99,8 +112,14 @@ def simulate_log(config: SimulatorConfig, out: Path) -> None:
                 logger.info("simulated day %d of %d: %d events, %d clicks", day + 1, config.num_days, rows, clicks)
 
 
+def log_scenario(path: Path) -> Scenario:
+    """The scenario that a log was simulated with; `stable` if none was given."""
+    file = Path(path) / SCENARIO
+    return Scenario.read(file) if file.exists() else SCENARIOS["stable"]
+
+
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A stretch of impressions: the requests, what they were shown and what came of it."""
 
     requests: Requests
@@ -111,7 +130,7 @@ class _Block:
     """(n,) seconds; NaN: not clicked."""
 
 
-def _write_day(world: World, policy: LoggingPolicy, names: _Names, out: Path) -> tuple[int, int]:
+def _write_day(world: World, policy: LoggingPolicy, names: Names, out: Path) -> tuple[int, int]:
     """Write the world's current day, and let the policy learn from it; returns rows and clicks."""
     file = f"{world.config.start + timedelta(days=world.day):%Y-%m-%d}.parquet"
     users, items, clicked = [], [], []
@@ -142,7 +161,7 @@ def _flush(waiting: list[tuple[pa.Table, pa.Table]], events: pq.ParquetWriter, t
         waiting.clear()
 
 
-def _blocks(world: World, policy: LoggingPolicy) -> Iterator[_Block]:
+def _blocks(world: World, policy: LoggingPolicy) -> Iterator[Block]:
     """Live through the current day, hour by hour: the policy learns of newly published items on the hour."""
     config, day = world.config, world.day
     day_requests = together(draw_requests(config, world.users, day), world.bots.requests(day))
@@ -166,10 +185,10 @@ def _blocks(world: World, policy: LoggingPolicy) -> Iterator[_Block]:
             request_ids = [f"r{day:04d}-{number + index:07d}" for index in range(len(requests))]
             number += len(requests)
             kinds = world.users.kind[requests.users[slates.requests]]
-            yield _Block(requests, request_ids, slates, outcomes, click_delays(delay_rng, kinds, outcomes.clicked))
+            yield Block(requests, request_ids, slates, outcomes, click_delays(delay_rng, kinds, outcomes.clicked))
 
 
-class _Names:
+class Names:
     """Turns indexes into the log's columns: every string is made once and taken by index."""
 
     def __init__(self, world: World) -> None:
@@ -192,7 +211,7 @@ class _Names:
         self._is_bot = users.kind != PERSON
         self._kind = pa.array(KINDS).take(pa.array(users.kind))
 
-    def events(self, block: _Block) -> pa.Table:
+    def events(self, block: Block) -> pa.Table:
         """The block's rows of the log."""
         requests, slates, outcomes = block.requests, block.slates, block.outcomes
         users, times = requests.users[slates.requests], requests.times[slates.requests]
@@ -213,7 +232,7 @@ class _Names:
         }
         return pa.table([columns[name] for name in EVENTS.names], schema=EVENTS)
 
-    def truth(self, block: _Block) -> pa.Table:
+    def truth(self, block: Block) -> pa.Table:
         """The block's rows of the truth."""
         slates, outcomes = block.slates, block.outcomes
         users = block.requests.users[slates.requests]
@@ -251,7 +270,7 @@ def _check_replaceable(out: Path) -> None:
     content = {entry.name for entry in out.iterdir()}
     if not content:
         return
-    foreign = sorted(content - {CONFIG, "events", "truth"})
+    foreign = sorted(content - {CONFIG, SCENARIO, "events", "truth"})
     if foreign or CONFIG not in content:
         raise InputError(
             f"{out}: not empty, and not an earlier simulated log ({foreign[0] if foreign else CONFIG + ' is missing'}"

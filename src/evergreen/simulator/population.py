@@ -5,8 +5,10 @@ Shapes: U users, I items, C categories, S segments, P publishers, D devices, K c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,7 @@ _ACTIVITY_SIGMA = 1.1
 _OLDEST_ITEM_DAYS = 30.0
 _UNKNOWN_USER_ATTRIBUTE = 0.05
 _UNKNOWN_PRICE = 0.03
+_QUALITY_SIGMA = 0.45
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,19 @@ class Items:
     """(I, d) what the item is about; squared length 1 in the mean."""
 
 
+@dataclass(frozen=True)
+class Themes:
+    """What items are made of. Directions of length 1."""
+
+    categories: Floats
+    """(C, d)"""
+    publishers: Floats
+    """(P, d)"""
+
+
+Population = TypeVar("Population", Users, Items)
+
+
 def draw_users(config: SimulatorConfig) -> Users:
     """Draw the users of a world. People are the same whether or not bots are planted among them."""
     users = _draw_people(config)
@@ -100,65 +116,130 @@ def _draw_people(config: SimulatorConfig) -> Users:
     return Users(
         ids=_ids("u", num),
         kind=kind,
-        segment=_choose(rng, _falling_shares(config.num_segments), num),
-        country=_choose(rng, COUNTRY_SHARES, num),
-        segment_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
-        country_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
-        main_device=_choose(rng, DEVICE_SHARES, num),
+        **_profiles(config, rng, num),
         activity=np.where(is_bot, 0.0, rng.lognormal(0.0, _ACTIVITY_SIGMA, num)),
         eagerness=rng.normal(0.0, 0.35, num),
         first_day=np.where(comes_later, rng.integers(0, config.num_days, num), 0),
     )
 
 
-def _with_planted_bots(config: SimulatorConfig, people: Users) -> Users:
-    """Append the planted bots: they fill in what people fill in, and come in no traffic but their own."""
-    rng = stream(config.seed, "planted bots")
-    kinds = (FAST_CRAWLER, FARM_ACCOUNT, MIMIC)
-    kind = np.repeat(kinds, (config.num_fast_crawlers, config.num_farm_accounts, config.num_mimics))
+def draw_new_people(config: SimulatorConfig, rng: np.random.Generator, num: int, day: int) -> Users:
+    """People who come for the first time on a day of the log; they have no ids yet, see `joined`."""
+    return Users(
+        ids=np.full(num, ""),
+        kind=np.full(num, PERSON),
+        **_profiles(config, rng, num),
+        activity=rng.lognormal(0.0, _ACTIVITY_SIGMA, num),
+        eagerness=rng.normal(0.0, 0.35, num),
+        first_day=np.full(num, day),
+    )
+
+
+def draw_bots(config: SimulatorConfig, rng: np.random.Generator, num_of_kinds: Sequence[int]) -> Users:
+    """Bots to plant, so many fast crawlers, farm accounts and mimics; they have no ids yet, see `joined`.
+
+    They fill in what people fill in, and come in no traffic but their own.
+    """
+    kind = np.repeat((FAST_CRAWLER, FARM_ACCOUNT, MIMIC), num_of_kinds)
     num = len(kind)
-    bots = Users(
-        ids=np.empty(0, dtype=np.str_),
+    return Users(
+        ids=np.full(num, ""),
         kind=kind.astype(np.int64),
-        segment=_choose(rng, _falling_shares(config.num_segments), num),
-        country=_choose(rng, COUNTRY_SHARES, num),
-        segment_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
-        country_known=rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
-        main_device=_choose(rng, DEVICE_SHARES, num),
+        **_profiles(config, rng, num),
         activity=np.zeros(num),
         eagerness=np.zeros(num),
         first_day=np.zeros(num, dtype=np.int64),
     )
-    columns = {
-        field.name: np.concatenate([getattr(people, field.name), getattr(bots, field.name)]) for field in fields(Users)
+
+
+def _profiles(config: SimulatorConfig, rng: np.random.Generator, num: int) -> dict[str, Any]:
+    """What every user fills in."""
+    return {
+        "segment": _choose(rng, _falling_shares(config.num_segments), num),
+        "country": _choose(rng, COUNTRY_SHARES, num),
+        "segment_known": rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
+        "country_known": rng.random(num) >= _UNKNOWN_USER_ATTRIBUTE,
+        "main_device": _choose(rng, DEVICE_SHARES, num),
     }
-    return Users(**columns | {"ids": _ids("u", config.num_accounts)})
+
+
+def _with_planted_bots(config: SimulatorConfig, people: Users) -> Users:
+    """Append the planted bots."""
+    nums = (config.num_fast_crawlers, config.num_farm_accounts, config.num_mimics)
+    users = joined(people, draw_bots(config, stream(config.seed, "planted bots"), nums))
+    return replace(users, ids=_ids("u", config.num_accounts))
+
+
+def joined(first: Population, *others: Population) -> Population:
+    """All users, or all items; who has no id yet is given the next number."""
+    columns = {
+        field.name: np.concatenate([getattr(part, field.name) for part in (first, *others)]) for field in fields(first)
+    }
+    # As wide as the first ones, whatever follows: the id of a user must not depend on how long the world is watched.
+    letter, width = first.ids[0][0], len(first.ids[0]) - 1
+    ids = [f"{letter}{number:0{width}d}" for number in range(len(first.ids), len(columns["ids"]))]
+    return replace(first, **columns | {"ids": np.concatenate([first.ids, np.array(ids, dtype=np.str_)])})
+
+
+def draw_themes(config: SimulatorConfig) -> Themes:
+    """What the items of a world are made of."""
+    return _draw_items(config)[1]
 
 
 def draw_items(config: SimulatorConfig) -> Items:
     """Draw the items of a world: those on sale at the start, and those published during the log."""
+    return _draw_items(config)[0]
+
+
+def draw_new_items(
+    config: SimulatorConfig, themes: Themes, rng: np.random.Generator, num: int, first: np.datetime64, seconds: float
+) -> Items:
+    """Items that are published within so many seconds from a time on; they have no ids yet, see `joined`."""
+    items, _ = _items(config, rng, num, themes)
+    after = np.floor(rng.uniform(0.0, seconds, num) * 1e6).astype(np.int64)
+    return replace(
+        items, published=first + after.astype("timedelta64[us]"), quality=rng.normal(0.0, _QUALITY_SIGMA, num)
+    )
+
+
+def _draw_items(config: SimulatorConfig) -> tuple[Items, Themes]:
     rng = stream(config.seed, "items")
-    num, dimensions = config.num_items, config.taste_dimensions
+    items, themes = _items(config, rng, config.num_items)
+    published = _publication_times(config, rng)
+    quality = rng.normal(0.0, _QUALITY_SIGMA, config.num_items)
+    return replace(items, ids=_ids("i", config.num_items), published=published, quality=quality), themes
+
+
+def _items(
+    config: SimulatorConfig, rng: np.random.Generator, num: int, themes: Themes | None = None
+) -> tuple[Items, Themes]:
+    """Items that are yet to be published, and the themes, which are drawn if none are given."""
+    dimensions = config.taste_dimensions
     category = _choose(rng, _falling_shares(config.num_categories), num)
     publisher = _choose(rng, _falling_shares(config.num_publishers), num)
     log_price = rng.normal(3.0, 0.6, num)
     price_known = rng.random(num) >= _UNKNOWN_PRICE
+    if themes is None:
+        themes = Themes(
+            unit_rows(rng, config.num_categories, dimensions), unit_rows(rng, config.num_publishers, dimensions)
+        )
     # 60 % of what an item is about is its category, 20 % its publisher's style, 20 % its own.
     vector = (
-        np.sqrt(0.6) * unit_rows(rng, config.num_categories, dimensions)[category]
-        + np.sqrt(0.2) * unit_rows(rng, config.num_publishers, dimensions)[publisher]
+        np.sqrt(0.6) * themes.categories[category]
+        + np.sqrt(0.2) * themes.publishers[publisher]
         + np.sqrt(0.2) * unit_rows(rng, num, dimensions)
     )
-    return Items(
-        ids=_ids("i", num),
+    items = Items(
+        ids=np.full(num, ""),
         category=category,
         publisher=publisher,
-        published=_publication_times(config, rng),
+        published=np.full(num, np.datetime64("NaT", "us")),
         price=np.where(price_known, np.round(np.exp(log_price), 2), np.nan),
         price_z=np.where(price_known, (log_price - 3.0) / 0.6, 0.0),
-        quality=rng.normal(0.0, 0.45, num),
+        quality=np.zeros(num),
         vector=vector,
     )
+    return items, themes
 
 
 def unit_rows(rng: np.random.Generator, rows: int, dimensions: int) -> Floats:

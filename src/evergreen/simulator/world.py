@@ -28,6 +28,7 @@ what made them click.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +92,24 @@ class Outcomes:
     """NaN: not clicked."""
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What chance has in store for n shown items. Arrays of shape (n,)."""
+
+    click: Floats
+    """Uniform in [0, 1), as are `bot_dwell` and `rates`."""
+    dwell: Floats
+    """Standard normal, as is `rating`."""
+    bot_dwell: Floats
+    rates: Floats
+    rating: Floats
+
+    @classmethod
+    def of(cls, rng: np.random.Generator, num: int) -> Self:
+        """The next ones of a generator."""
+        return cls(rng.random(num), rng.normal(size=num), rng.random(num), rng.random(num), rng.normal(size=num))
+
+
 class World:
     """Users, items and the state of their tastes on one day. `advance` goes to the next day; there is no way back.
 
@@ -102,11 +121,18 @@ class World:
     _personal_taste: Floats  # (U, d)
     _trend: Floats  # (C,)
 
-    def __init__(self, config: SimulatorConfig) -> None:
+    def __init__(self, config: SimulatorConfig, users: Users | None = None, items: Items | None = None) -> None:
+        """Make the world on its first day.
+
+        Args:
+            config: decides everything.
+            users: those of the configuration, and after them others; None: those of the configuration alone.
+            items: likewise.
+        """
         self.config = config
-        self.users: Users = draw_users(config)
-        self.items: Items = draw_items(config)
-        self.bots = PlantedBots(config, self.users, self.items)
+        self.users: Users = draw_users(config) if users is None else users
+        self.items: Items = draw_items(config) if items is None else items
+        self.bots = PlantedBots(config, self.users, self.items, accounts=np.arange(config.num_accounts))
         self.day = 0
         self._draw_effects()
         self._draw_tastes()
@@ -119,25 +145,30 @@ class World:
         return midnight(self.config, self.day)
 
     def tastes(self, users: Ints) -> Floats:
-        """(n, d) what these users like today; its inner product with an item's vector has variance 1."""
+        """(..., d) what these users like today; its inner product with an item's vector has variance 1."""
         share = self.config.segment_taste_share
         # Mean-free over people: otherwise tastes would hold a main effect of the category.
-        segment_taste = self._segment_taste - self._segment_shares @ self._segment_taste
+        segment_taste = self._segment_tastes()
+        segment_taste = segment_taste - self._segment_shares @ segment_taste
         common = segment_taste[self.users.segment[users]]
         tastes: Floats = np.sqrt(share) * common + np.sqrt(1 - share) * self._personal_taste[users]
         return tastes
 
     def advance(self) -> None:
         """Go to the next day: tastes and trends take their step."""
+        self._step(stream(self.config.seed, "drift", self.day + 1), self.config.taste_half_life_days)
+
+    def _step(self, rng: np.random.Generator, half_life: float) -> None:
         self.day += 1
-        rng = stream(self.config.seed, "drift", self.day)
-        half_life, people = self.config.taste_half_life_days, slice(self.config.num_users)
-        self._personal_taste[people] = _drift(rng, self._personal_taste[people], half_life)
-        self._segment_taste = _drift(rng, self._segment_taste, half_life * _SEGMENT_HALF_LIVES)
-        self._trend = _drift(rng, self._trend, half_life, sigma=_TREND_SIGMA)
+        people = slice(self.config.num_users)
+        self._personal_taste[people] = drift(rng, self._personal_taste[people], half_life)
+        self._segment_taste = drift(rng, self._segment_taste, half_life * _SEGMENT_HALF_LIVES)
+        self._trend = drift(rng, self._trend, half_life, sigma=_TREND_SIGMA)
 
     def utility(self, users: Ints, items: Ints, times: Times, devices: Ints) -> Utility:
         """Log-odds of a click on an examined item; for people (bots have none of it).
+
+        The arguments are broadcast against each other: (R, 1) requests and (1, I) items give all their pairs.
 
         Args:
             users: (n,) indexes into `self.users`.
@@ -155,7 +186,8 @@ class World:
         age_days = (times - catalogue.published[items]) / np.timedelta64(1, "D")
         hour = (times - self.midnight) / np.timedelta64(1, "h")
         quality = catalogue.quality[items]
-        taste = self.config.interaction_strength * np.einsum("nd,nd->n", self.tastes(users), catalogue.vector[items])
+        likes = np.einsum("...d,...d->...", self.tastes(users), catalogue.vector[items])
+        taste = self.config.interaction_strength * likes
         main = (
             self._intercept
             + self.users.eagerness[users]
@@ -178,7 +210,7 @@ class World:
         return Utility(main, interaction, taste + quality)
 
     def relevance(self, users: Ints, items: Ints, times: Times, devices: Ints) -> Floats:
-        """(n,) probability of a click on an item that is examined. Arguments and errors as for `utility`."""
+        """(...) probability of a click on an item that is examined. Arguments and errors as for `utility`."""
         utility = self.utility(users, items, times, devices)
         return self._relevance(users, items, utility)
 
@@ -195,15 +227,21 @@ class World:
         self, rng: np.random.Generator, users: Ints, items: Ints, positions: Ints, times: Times, devices: Ints
     ) -> Outcomes:
         """Show n items and see what happens. Arguments and errors as for `utility`; `rng` decides the outcomes."""
+        return self.outcomes(Draws.of(rng, len(users)), users, items, positions, times, devices)
+
+    def outcomes(
+        self, draws: Draws, users: Ints, items: Ints, positions: Ints, times: Times, devices: Ints
+    ) -> Outcomes:
+        """Show n items and see what the draws make of it. Arguments and errors as for `utility`."""
         utility = self.utility(users, items, times, devices)
         relevance = self._relevance(users, items, utility)
         click_probability = self.examination(users, positions) * relevance
-        num, is_person = len(users), np.isin(self.users.kind[users], (PERSON, MIMIC))
-        clicked = rng.random(num) < click_probability
-        dwell = np.exp(rng.normal(3.1 + 0.3 * utility.satisfaction, 0.7, num))
-        dwell = np.where(is_person, dwell, rng.uniform(0.05, 0.9, num))
-        rates = clicked & is_person & (rng.random(num) < self.config.rating_fraction)
-        rating = np.clip(np.rint(rng.normal(2.4 + 0.75 * utility.satisfaction, 0.6, num)), 1, 5)
+        is_person = np.isin(self.users.kind[users], (PERSON, MIMIC))
+        clicked = draws.click < click_probability
+        dwell = np.exp(3.1 + 0.3 * utility.satisfaction + 0.7 * draws.dwell)
+        dwell = np.where(is_person, dwell, 0.05 + (0.9 - 0.05) * draws.bot_dwell)
+        rates = clicked & is_person & (draws.rates < self.config.rating_fraction)
+        rating = np.clip(np.rint(2.4 + 0.75 * utility.satisfaction + 0.6 * draws.rating), 1, 5)
         return Outcomes(
             click_probability=click_probability,
             relevance=relevance,
@@ -229,7 +267,7 @@ class World:
         dimensions = config.taste_dimensions
         # Directions of full length: with a handful of segments, normal draws would make some worlds much duller.
         self._segment_taste = np.sqrt(dimensions) * unit_rows(rng, config.num_segments, dimensions)
-        self._personal_taste = np.zeros((config.num_accounts, dimensions))  # planted bots have none
+        self._personal_taste = np.zeros((len(self.users.ids), dimensions))  # planted bots have none
         self._personal_taste[: config.num_users] = rng.normal(size=(config.num_users, dimensions))
         self._trend = rng.normal(0.0, _TREND_SIGMA, config.num_categories)
 
@@ -254,6 +292,10 @@ class World:
             low, high = (middle, high) if mean < config.click_rate else (low, middle)
         return (low + high) / 2
 
+    def _segment_tastes(self) -> Floats:
+        """(S, d) of the segments today."""
+        return self._segment_taste
+
     def _relevance(self, users: Ints, items: Ints, utility: Utility) -> Floats:
         kind = self.users.kind[users]
         relevance = _sigmoid(utility.main + utility.interaction)
@@ -262,20 +304,18 @@ class World:
 
     def _check_times(self, items: Ints, times: Times) -> None:
         tomorrow = midnight(self.config, self.day + 1)
-        if len(times) and (times.min() < self.midnight or times.max() >= tomorrow):
+        if times.size and (times.min() < self.midnight or times.max() >= tomorrow):
             raise ValueError(
                 f"times from {times.min()} to {times.max()}: the world is on day {self.day} "
                 f"[{self.midnight}, {tomorrow}); call advance() to go on, or make a new World to go back"
             )
-        early = np.flatnonzero(times < self.items.published[items])
-        if len(early):
-            item = items[early[0]]
-            raise ValueError(
-                f"item {self.items.ids[item]} at {times[early[0]]}: published only at {self.items.published[item]}"
-            )
+        early = times < self.items.published[items]
+        if early.any():
+            item, time = (np.broadcast_to(values, early.shape)[early][0] for values in (items, times))
+            raise ValueError(f"item {self.items.ids[item]} at {time}: published only at {self.items.published[item]}")
 
 
-def _drift(rng: np.random.Generator, state: Floats, half_life_days: float, sigma: float = 1.0) -> Floats:
+def drift(rng: np.random.Generator, state: Floats, half_life_days: float, sigma: float = 1.0) -> Floats:
     """One day's step of a stationary AR(1) process with standard deviation `sigma`."""
     phi = 2.0 ** (-1.0 / half_life_days)
     drifted: Floats = phi * state + np.sqrt(1 - phi**2) * rng.normal(0.0, sigma, state.shape)
