@@ -13,7 +13,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import hiredis
@@ -107,6 +107,7 @@ class RedisReader(OnlineReader):
         self._online = online.model_copy(update={"connection_string": online.connection_string + limits})
         self._store = GuardedRedisOnlineStore()
         self._channels: _Channels | None = None
+        self._cluster_reads: set[asyncio.Task[list[Any]]] = set()
         self._items_connection: Any = None
         self._one_at_a_time = threading.Lock()
 
@@ -140,6 +141,7 @@ class RedisReader(OnlineReader):
         """See `OnlineReader.close`."""
         if self._channels is not None:
             await self._channels.close()
+        await _ended(self._cluster_reads)
         if self._store._client_async is not None:
             await self._store._client_async.aclose()
         await asyncio.to_thread(self._close_items)
@@ -173,6 +175,8 @@ class RedisReader(OnlineReader):
 
         # A pipeline that is cancelled would leave its connections behind: it goes on until its socket's timeout.
         task = asyncio.ensure_future(read())
+        self._cluster_reads.add(task)
+        task.add_done_callback(self._cluster_reads.discard)
         task.add_done_callback(_heard)
         return await asyncio.shield(task)
 
@@ -319,7 +323,7 @@ class _Channels:
     async def close(self) -> None:
         """Close all; reads that are under way fail."""
         if self._opening is not None:
-            self._opening.cancel()
+            await _ended([self._opening])
         for channel in self._channels:
             channel.close("the reader is closed")
 
@@ -340,6 +344,12 @@ class _Channels:
             await connection.disconnect(nowait=True)
             raise
         self._channels.append(_Channel(connection))
+
+
+async def _ended(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they are done."""
+    cancelled = [task for task in tasks if task.cancel()]
+    await asyncio.gather(*cancelled, return_exceptions=True)
 
 
 def _heard(task: asyncio.Future[Any]) -> None:
