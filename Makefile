@@ -13,7 +13,7 @@ WORKERS ?= 2
 ##@ Use
 .PHONY: help
 help:  ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z][a-z-]*:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: .venv/.ready  ## Install uv (by pip, if missing) and the locked environment into .venv
@@ -74,6 +74,13 @@ benchmark-data: setup  ## Measure joins, materialization, Spark, the stream and 
 	$(RUN)python -m benchmarks.stream
 	$(RUN)python benchmarks/fraud.py $(if $(DESKDROP),--deskdrop $(DESKDROP)) --out benchmarks/fraud.md
 	$(if $(NAB),$(RUN)python benchmarks/alarms.py --nab $(NAB) --out benchmarks/alarms.md)
+
+.PHONY: benchmark-serving
+benchmark-serving: setup  ## Measure serving: its floor, load, outages, bad requests; wants redis-server; 15 minutes
+	for name in compare catalogue endurance redis_outage bad_requests; do \
+	  $(RUN)python -m benchmarks.serving.$$name --work $(BENCHMARK_CACHE)/serving --out benchmarks/serving/$$name.md; done
+	$(RUN)python -m benchmarks.online_read --out benchmarks/online_read.md
+	$(RUN)python benchmarks/impressions.py --out benchmarks/impressions.md
 
 .PHONY: quality
 quality: setup  ## Published settings on files that you give: FRAPPE=folder ML1M=file (benchmarks/quality/README.md)

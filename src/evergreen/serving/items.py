@@ -81,8 +81,9 @@ class ItemTable:
         rows: row of each item id.
         categories: of the catalogue, sorted.
         category_of: (num_items + 1,) place in `categories`, -1 for none; the last is row -1.
-        seconds: (num_items + 1,) by feature of `ITEM_ELAPSED_FEATURES`: the timestamp that it counts from, whole Unix
-            seconds, nan where unknown.
+        seconds: (num_items + 1, num_ages) for each of `ages`: the timestamp it counts from, whole Unix seconds, nan
+            where unknown.
+        ages: features of `ITEM_ELAPSED_FEATURES` that the items can have.
         scorer: the model with the items' half.
         index: finds candidates; None: every item is one.
         read_at: Unix seconds, when the features were read.
@@ -94,7 +95,8 @@ class ItemTable:
     rows: dict[str, int]
     categories: list[str]
     category_of: NDArray[np.int64]
-    seconds: dict[str, NDArray[np.float64]]
+    seconds: NDArray[np.float64]
+    ages: tuple[str, ...]
     scorer: Scorer
     index: Index | None
     read_at: float
@@ -146,11 +148,10 @@ class ItemTable:
         categories = sorted(table["category"].drop_null().unique().to_pylist())
         places = {category: place for place, category in enumerate(categories)}
         category_of = [places.get(category, -1) for category in table["category"].to_pylist()]
-        seconds = {
-            name: np.append(whole_seconds(table[then]), np.nan)
-            for name, then in ITEM_ELAPSED_FEATURES.items()
-            if then in table.column_names
-        }
+        ages = {name: then for name, then in ITEM_ELAPSED_FEATURES.items() if then in table.column_names}
+        seconds = np.full((table.num_rows + 1, len(ages)), np.nan)
+        for place, then in enumerate(ages.values()):
+            seconds[:-1, place] = whole_seconds(table[then])
         return cls(
             table=table,
             ids=ids,
@@ -158,6 +159,7 @@ class ItemTable:
             categories=categories,
             category_of=np.array([*category_of, -1], np.int64),
             seconds=seconds,
+            ages=tuple(ages),
             scorer=scorer,
             index=index,
             read_at=read_at,
@@ -170,9 +172,29 @@ class ItemTable:
         return len(self.ids)
 
     def find(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
-        """(num_ids,) row of each item, -1 for one that is not in the catalogue."""
-        rows = self.rows
-        return np.array([rows.get(item, -1) for item in item_ids], np.int64)
+        """(at most num_ids,) rows of the items that are in the catalogue, ascending."""
+        try:
+            rows = np.fromiter(map(self.rows.__getitem__, item_ids), np.int64, len(item_ids))
+        except KeyError:
+            rows = np.array([self.rows[item] for item in item_ids if item in self.rows], np.int64)
+        rows.sort()
+        return rows
+
+    def categories_of(self, rows: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
+        """The categories of some items.
+
+        Returns:
+            Places in `categories` of those that occur, ascending; and (num_rows,) place in that list of each item's
+            category, -1 for none.
+        """
+        codes = self.category_of[rows]
+        occurs = np.zeros(len(self.categories) + 1, np.bool_)
+        occurs[codes] = True  # the last stands for none
+        occurs[-1] = False
+        asked = occurs.nonzero()[0]
+        place = np.full(len(occurs), -1)
+        place[asked] = np.arange(len(asked))
+        return asked.tolist(), place[codes]
 
 
 def changed_rows(before: pa.Table, after: pa.Table) -> NDArray[np.int64]:

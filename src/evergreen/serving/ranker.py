@@ -59,7 +59,7 @@ class Places:
     """Which items are candidates, and which of the asked categories each belongs to.
 
     Attributes:
-        rows: (m,) of the item table, -1 for the one row of a log without items.
+        rows: (m,) of the item table, ascending; -1 for the one row of a log without items.
         of: (m,) row of `OnlineUser.by_category`, -1 for none.
     """
 
@@ -106,7 +106,7 @@ class Ranker:
                 )
         read = {feature.name for feature in features}
         self._pair_names = tuple(pair_features)
-        self._ages = tuple(name for name in ITEM_ELAPSED_FEATURES if name in read)
+        self._reads_ages = not read.isdisjoint(ITEM_ELAPSED_FEATURES)
         self._no_context = dict.fromkeys(context)
         self.reads_pairs = any(feature.origin is FeatureOrigin.USER_CATEGORY for feature in features)
         """Whether the model reads features of a user and a category."""
@@ -124,10 +124,9 @@ class Ranker:
         parts = []
         if self.reads_pairs:
             parts.append(PairColumns(self._pair_names, user.by_category, places.of))
-        if self._ages:
+        if self._reads_ages:
             now = int(event_timestamp.timestamp() // 1)
-            ages = [elapsed_seconds(now, items.seconds[name][places.rows]) for name in self._ages]
-            parts.append(PairColumns(self._ages, np.stack(ages, axis=1)))
+            parts.append(PairColumns(items.ages, elapsed_seconds(now, items.seconds[places.rows])))
         return parts
 
     def checked(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:

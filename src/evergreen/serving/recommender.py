@@ -45,6 +45,7 @@ EXACT_BELOW = 2000
 """Up to this many items all are ranked: no index finds better candidates than that."""
 
 _INLINE_PAIRS = 5000  # with more, a call is computed beside the event loop, which answers the health checks
+_NO_ROWS = np.empty(0, np.int64)
 _HISTORIES = ("user_history", "user_recent_items")
 
 logger = logging.getLogger(__name__)
@@ -344,14 +345,11 @@ class Recommender:
             places = Places(np.full(1, -1), np.full(1, -1))
         elif request.candidates is not None:
             rows = items.find(request.candidates)
-            if (rows < 0).any():
-                unknown = tuple(i for i, row in zip(request.candidates, rows.tolist(), strict=True) if row < 0)
-                rows = rows[rows >= 0]
-            codes, of = np.unique(items.category_of[rows], return_inverse=True)
-            if len(codes) and codes[0] < 0:
-                codes, of = codes[1:], of - 1
+            if len(rows) < len(request.candidates):
+                unknown = tuple(item for item in request.candidates if item not in items.rows)
+            asked, of = items.categories_of(rows)
             places = Places(rows, of)
-            categories = [items.categories[code] for code in codes.tolist()]
+            categories = [items.categories[code] for code in asked]
         else:
             categories = items.categories
         return _Asked(
@@ -400,7 +398,7 @@ class Recommender:
             forget = request.exclude_seen
             if forget is None:
                 forget = self._forget_seen and places is None
-            seen = _seen_rows(items, values) if forget else np.empty(0, np.int64)
+            seen = _seen_rows(items, values) if forget else _NO_ROWS
             if places is None:
                 with timed(Stage.RETRIEVE):
                     rows = _retrieve(items, values, np.union1d(seen, blocked))
@@ -425,7 +423,7 @@ class Recommender:
                 diversity = self._rules.diversity if request.diversity is None else request.diversity
                 k = request.k or (len(scores) if request.candidates else DEFAULT_K)
                 categories = items.category_of[places.rows] if diversity else None
-                best = best_first(scores, places.rows, k, categories=categories, diversity=diversity)
+                best = best_first(scores, k, categories=categories, diversity=diversity)
                 item_ids = [items.ids[row] for row in places.rows[best].tolist()]
             if not len(scores):
                 notes = (*notes, "no items: none of the candidates may be shown, or there are none")
@@ -460,7 +458,7 @@ def _retrieve(items: ItemTable, values: dict[str, Any], exclude: NDArray[np.int6
     """Rows of the items to rank for a request that brings no candidates."""
     index: Index | None = items.index
     if index is not None and items.num_items > EXACT_BELOW:
-        return index.search(values, RETRIEVED, exclude)
+        return np.sort(index.search(values, RETRIEVED, exclude))
     keep = np.ones(items.num_items, np.bool_)
     keep[exclude] = False
     return np.flatnonzero(keep)
@@ -468,8 +466,7 @@ def _retrieve(items: ItemTable, values: dict[str, Any], exclude: NDArray[np.int6
 
 def _seen_rows(items: ItemTable, values: dict[str, Any]) -> NDArray[np.int64]:
     """Rows of the items that the user chose before, as far as the features remember."""
-    rows = items.find([item for name in _HISTORIES for item in values.get(name) or ()])
-    return rows[rows >= 0]
+    return items.find([item for name in _HISTORIES for item in values.get(name) or ()])
 
 
 def _without(

@@ -121,34 +121,28 @@ class AnswerRules(BaseModel):
 
 
 def best_first(
-    scores: NDArray[np.float64],
-    rows: NDArray[np.int64],
-    k: int,
-    *,
-    categories: NDArray[np.int64] | None,
-    diversity: float,
+    scores: NDArray[np.float64], k: int, *, categories: NDArray[np.int64] | None, diversity: float
 ) -> NDArray[np.int64]:
-    """(min(k, m),) places of the best candidates, in order. Of equal ones the lower row comes first: ids decide.
+    """(min(k, m),) places of the best candidates, in order; of equal ones the earlier comes first.
 
     Args:
-        scores: (m,) probability or rating.
-        rows: (m,) distinct rows of the item table, whose order is that of ids.
+        scores: (m,) probability or rating of candidates in the order of their ids, so that an order is never chance.
         k: how many are wanted.
         categories: (m,) place of each candidate's category, -1 for none; may be None where diversity is 0.
         diversity: from 0, by score alone, to 1.
     """
     if diversity > 0 and categories is not None and len(scores):
-        scores = _marginal_relevance(scores, rows, categories, diversity)
+        scores = _marginal_relevance(scores, categories, diversity)
     chosen = None
     if len(scores) > max(_PARTITION_ABOVE, 4 * k):
         chosen = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
-        scores, rows = scores[chosen], rows[chosen]
-    order = np.lexsort((rows, -scores))[:k]
+        scores = scores[chosen]
+    order = np.argsort(-scores, kind="stable")[:k]
     return order if chosen is None else chosen[order]
 
 
 def _marginal_relevance(
-    scores: NDArray[np.float64], rows: NDArray[np.int64], categories: NDArray[np.int64], diversity: float
+    scores: NDArray[np.float64], categories: NDArray[np.int64], diversity: float
 ) -> NDArray[np.float64]:
     """(m,) numbers whose descending order is that in which marginal relevance chooses.
 
@@ -157,7 +151,7 @@ def _marginal_relevance(
     """
     low = scores.min()
     relevance = (scores - low) / max(scores.max() - low, np.finfo(np.float64).tiny)
-    order = np.lexsort((rows, -scores))
+    order = np.argsort(-scores, kind="stable")
     in_order = categories[order]
     first = in_order == -1
     _, places = np.unique(in_order, return_index=True)

@@ -204,6 +204,8 @@ def _flat(tensor: Tensor) -> list[Any]:
         data = [value for row in data for value in row]
     if len(data) != math.prod(shape):
         raise RequestError(f"inputs.{name}: {len(data)} values in data do not fill the shape {describe(list(shape))}")
+    if None in data:
+        raise RequestError(f"inputs.{name}: null in data: leave the tensor out, or ask in a call of its own")
     return data
 
 

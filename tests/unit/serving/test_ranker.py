@@ -39,7 +39,7 @@ def spine(user_id: str | None, item_ids: list[str], categories: list[str | None]
 def test_served_features_equal_offline_join(parts: Callable[[str], Any], kind: str, user_id: str) -> None:
     serving = parts(kind)
     at = serving.store.as_of + timedelta(microseconds=987_654)
-    item_ids = [f"item-{n}" for n in range(25)]
+    item_ids = sorted(f"item-{n}" for n in range(25))
     user = user_id if serving.mapping.columns.user_id else None
     context = {"battery": 0.25} if kind == "impressions" else {}
     serving.ask(user_id=user, candidates=item_ids, event_timestamp=at, context=context)

@@ -14,16 +14,14 @@ from evergreen.serving.rules import AnswerRules, best_first
 NO_CATEGORY = -1
 
 
-def test_items_of_equal_score_are_ordered_by_row() -> None:
-    scores = np.array([0.5, 0.5, 0.9, 0.5])
-    assert best_first(scores, np.array([7, 9, 11, 2]), 3, categories=None, diversity=0).tolist() == [2, 3, 0]
+def test_items_of_equal_score_keep_the_order_of_their_ids() -> None:
+    assert best_first(np.array([0.5, 0.5, 0.9, 0.5]), 3, categories=None, diversity=0).tolist() == [2, 0, 1]
 
 
 def test_the_best_of_many_are_those_of_a_whole_sort() -> None:
-    rng = np.random.default_rng(5)
-    scores, rows = rng.integers(0, 400, 20_000) / 400, rng.permutation(20_000)
-    best = best_first(scores, rows, 150, categories=None, diversity=0)
-    assert best.tolist() == sorted(range(20_000), key=lambda i: (-scores[i], rows[i]))[:150]
+    scores = np.random.default_rng(5).integers(0, 400, 20_000) / 400
+    best = best_first(scores, 150, categories=None, diversity=0)
+    assert best.tolist() == sorted(range(20_000), key=lambda i: (-scores[i], i))[:150]
 
 
 def greedy(scores: NDArray[np.float64], categories: NDArray[np.int64], diversity: float) -> list[int]:
@@ -46,8 +44,7 @@ def greedy(scores: NDArray[np.float64], categories: NDArray[np.int64], diversity
 def test_one_sort_gives_the_order_of_the_greedy_choice(items: list[tuple[int, int]], diversity: float) -> None:
     scores = np.array([score / 20 for score, _ in items])
     categories = np.array([category for _, category in items])
-    rows = np.arange(len(items))
-    order = best_first(scores, rows, len(items), categories=categories, diversity=diversity)
+    order = best_first(scores, len(items), categories=categories, diversity=diversity)
     low, high = scores.min(), scores.max()
     relevance = (scores - low) / (high - low) if high > low else scores * 0
 

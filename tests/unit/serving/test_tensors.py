@@ -50,6 +50,7 @@ def test_candidates_may_be_nested_or_json() -> None:
         ([Tensor("k", "INT64", (0,), [])], "inputs.k: shape [0]: dimension 0 must be 1 to 64 requests"),
         ([Tensor("k", "INT64", (-1,), [1])], "inputs.k: shape [-1]: dimension 0 must be 1 to 64 requests"),
         ([Tensor("k", "INT64", (10**30,), [1])], "inputs.k: shape [1000"),
+        ([Tensor("k", "INT64", (2,), [1, None])], "inputs.k: null in data: leave the tensor out"),
         ([Tensor("k", "INT64", (2,), [1])], "inputs.k: 1 values in data do not fill the shape [2]"),
         ([Tensor("candidates", "BYTES", (1, -1), ["a"])], "inputs.candidates: shape [1, -1]: dimension 1 must be"),
         (
