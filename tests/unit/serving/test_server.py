@@ -201,7 +201,7 @@ def tensor(**changes: Any) -> bytes:
         (tensor(data="u1"), JSON, "inputs[0].data='u1': must be a list"),
         (tensor()[:-1] + b', "id": "a\\nb"}', JSON, "id='a\\nb': must be printable text"),
         (tensor()[:-1] + b', "id": 3}', JSON, "id=3: must be a string"),
-        (tensor(data=[None]), JSON, "inputs.user_id[0]: missing"),
+        (tensor(data=[None]), JSON, "inputs.user_id: null in data"),
         (tensor(data=[float("nan")]), JSON, "the body is not valid JSON"),
         (tensor(data=[10**4200]), JSON, "the body is not valid JSON"),
         (tensor(name="k", datatype="INT64", data=[1]), JSON, "inputs.user_id[0]: missing"),
