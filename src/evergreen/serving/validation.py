@@ -39,6 +39,8 @@ MAX_PARTS = 150_000
 MAX_TEXT_LENGTH = 1000
 """Of one text among the context features."""
 
+_SPACED_QUOTES = (b'" ', b'"\t', b'"\n', b'"\r')
+
 _CONTEXT_RULES = {
     ColumnKind.NUMERIC: "must be a finite number",
     ColumnKind.CATEGORICAL: f"must be a string of at most {MAX_TEXT_LENGTH} characters",
@@ -94,9 +96,13 @@ def refuse_repeated_keys(text: str | bytes, num_keys: int, what: str) -> None:
         num_keys: of all objects in it, as it was decoded.
         what: names it.
     """
-    # Each key has a colon, so as many colons as keys mean that none was given twice. Strings may hold more of them:
-    # the slow reader decides.
-    if (text.count(":") if isinstance(text, str) else text.count(b":")) == num_keys:
+    # Each key is followed by a colon, so as many colons as keys mean that none was given twice. Strings may hold more
+    # of them, as times do; but not after a quote, unless it is escaped, and then the count is off. Where anything else
+    # may be between a key and its colon, the slow reader decides.
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if data.count(b":") == num_keys:
+        return
+    if data.count(b'":') == num_keys and not any(quote in data for quote in _SPACED_QUOTES):
         return
 
     def unique(pairs: list[tuple[str, Any]]) -> None:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from evergreen.contracts.errors import RequestError
 from evergreen.contracts.training_set import ColumnKind
 from evergreen.serving.schema import MAX_CANDIDATES, MAX_INSTANCES, RankingRequest
-from evergreen.serving.validation import RequestRules, decode_json, describe, instance_field
+from evergreen.serving.validation import (
+    RequestRules,
+    decode_json,
+    describe,
+    instance_field,
+    refuse_repeated_keys,
+)
 
 RULES = RequestRules(
     context={"device": ColumnKind.CATEGORICAL, "battery": ColumnKind.NUMERIC, "coupons": ColumnKind.MULTI},
@@ -199,6 +205,21 @@ def test_what_is_no_json_is_refused(text: bytes, message: str) -> None:
 def test_key_that_is_given_twice_is_refused(body: bytes, key: str) -> None:
     with pytest.raises(RequestError, match=f"^the body gives the key '{key}' twice in one object$"):
         RULES.parse_body(body)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", '"', "\\", ":", ""]), st.sampled_from(["x", '":', "1:2", '" ']))),
+    st.sampled_from([(",", ":"), (", ", ": "), (",", " :"), (",", "\n:\t")]),
+)
+def test_key_is_told_from_text_however_it_is_written(pairs: list[tuple[str, str]], separators: tuple[str, str]) -> None:
+    between, after = separators
+    text = "{" + between.join(f"{json.dumps(key)}{after}{json.dumps(value)}" for key, value in pairs) + "}"
+    num_keys = len({key for key, _ in pairs})
+    if num_keys == len(pairs):
+        refuse_repeated_keys(text, num_keys, "the body")
+    else:
+        with pytest.raises(RequestError, match="twice in one object"):
+            refuse_repeated_keys(text.encode(), num_keys, "the body")
 
 
 def test_colons_in_text_are_no_keys() -> None:

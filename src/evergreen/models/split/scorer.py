@@ -169,6 +169,8 @@ class SplitScorer:
             ArtifactError: as in `score`, for any of the requests.
             ValueError: as in `score`.
         """
+        if len(requests) == 1:
+            return [self.score(*requests[0])]
         scores: list[NDArray[np.float64]] = [np.empty(0) for _ in requests]
         alike: dict[int, list[int]] = {}
         for place, (_, _, rows) in enumerate(requests):
