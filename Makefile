@@ -39,8 +39,12 @@ compile: setup  ## Compile the pipelines to build/pipelines/*.yaml for `kfp run 
 
 ##@ Develop
 .PHONY: test
-test: setup  ## Run all tests but the cluster's, with coverage
-	$(RUN)pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85
+test: setup  ## Run all tests but the heavy ones and the cluster's, with coverage
+	$(RUN)pytest -n $(WORKERS) --dist loadfile -m "not heavy" --cov --cov-report=term:skip-covered --cov-fail-under=85
+
+.PHONY: test-heavy
+test-heavy: setup  ## Run the heavy tests: brokers that are killed, servers beside servers; about 4 minutes
+	$(RUN)pytest -n $(WORKERS) --dist loadfile -m heavy
 
 .PHONY: lint
 lint: setup  ## Check style and the import rules

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -63,8 +63,8 @@ class ByRow:
     def prepare(self, items: pa.Table) -> ByRow:
         return self
 
-    def score(self, user: Any, pairs: Any, rows: np.ndarray) -> np.ndarray:
-        return 1 / (2 + rows)
+    def score_many(self, requests: Sequence[Any]) -> list[np.ndarray]:
+        return [1 / (2 + rows) for _, _, rows in requests]
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,7 @@ def record(log: ImpressionLog, number: int, *, item_id: str = "item", rows: int 
     log.record(answer, (PRICE,), [{"price": float(number)}])
 
 
+@pytest.mark.heavy
 def test_kafka_gets_every_request_although_the_broker_is_killed(broker: KafkaBroker) -> None:
     written, refused = WRITTEN._value.get(), DROPPED.labels("refused")._value.get()
     log = ImpressionLog(KafkaSink(broker.address, TOPIC, {"log_level": "0"}), flush_seconds=0.1)

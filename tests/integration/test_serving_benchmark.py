@@ -29,6 +29,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
         yield opened
 
 
+@pytest.mark.heavy
 def test_floor_and_feast_predictors_score_as_the_server_does(setting: Setting, tmp_path: Path) -> None:
     world, store, redis = setting.world, setting.store, setting.redis
     model = world.packages / "deepfm"

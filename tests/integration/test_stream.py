@@ -138,6 +138,7 @@ def test_survivor_takes_over_the_partitions_of_a_dead_member(world: World) -> No
         assert online_values(world.store, list(expected)) == expected
 
 
+@pytest.mark.heavy
 def test_nothing_is_lost_when_broker_and_redis_go_away_and_redis_comes_back_empty(world: World) -> None:
     log = events(1200)
     with member(world.broker.address, world.store.path, "--clock", "event") as process:

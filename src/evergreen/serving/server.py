@@ -181,6 +181,7 @@ class Server:
             )
             await self.rest.run_on(listener)
         finally:
+            gc.unfreeze()  # or extensions take what is left at the end for leaks, and say so
             await self._stop_grpc(0)
             if not self.rest.forced:
                 await self.slot.close()
