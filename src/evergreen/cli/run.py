@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,6 @@ from evergreen.contracts.errors import EvergreenError
 from evergreen.contracts.mapping import Mapping
 
 _MARKER = ".evergreen-run"
-_SERVER_START_SECONDS = 180
 
 
 @click.command()
@@ -153,35 +148,12 @@ def _figures(estimate: dict[str, Any]) -> str:
 def _ask(out: Path, as_of: datetime) -> None:
     """Serve the champion as `evergreen serve` does, and ask it as `evergreen recommend` does."""
     from evergreen.serving.client import RecommenderClient
+    from evergreen.serving.process import served
 
-    with _served(out) as url:
+    with served(out / "model", log=out / "serve.log") as url:
         client = RecommenderClient(url)
         for user_id in _latest_users(out / "feature_store" / "data" / "user_activity.parquet", count=2):
             echo_recommendations(client.recommend(user_id, k=5, event_timestamp=as_of))
-
-
-@contextmanager
-def _served(out: Path) -> Iterator[str]:
-    from evergreen.serving.client import RecommenderClient
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "evergreen.cli", "serve", "--model", str(out / "model"), "--port", str(port)]
-    with (
-        (out / "serve.log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server,
-    ):
-        try:
-            url = f"http://127.0.0.1:{port}"
-            RecommenderClient(url).wait_until_ready(
-                timeout=_SERVER_START_SECONDS, still_alive=lambda: server.poll() is None
-            )
-            yield url
-        except TimeoutError as error:
-            raise EvergreenError(f"the served model did not become ready: see {out / 'serve.log'}") from error
-        finally:
-            server.terminate()
 
 
 def _latest_users(user_activity: Path, *, count: int) -> list[str | None]:

@@ -364,7 +364,7 @@ class Recommender:
     def _num_pairs(self, items: ItemTable, asked: _Asked) -> int:
         if asked.places is not None:
             return len(asked.places.rows)
-        return RETRIEVED if _uses_index(items) else items.num_items
+        return RETRIEVED if _index_of(items) is not None else items.num_items
 
     async def _read_users(self, asked: Sequence[_Asked]) -> tuple[Sequence[OnlineUser], bool]:
         wanted = [(one.user_id, one.categories) for one in asked if one.user_id is not None]
@@ -450,14 +450,14 @@ class Recommender:
         return answer
 
 
-def _uses_index(items: ItemTable) -> bool:
-    return items.index is not None and items.num_items > EXACT_BELOW
+def _index_of(items: ItemTable) -> Index | None:
+    """What finds candidates; None: every item is one."""
+    return items.index if items.num_items > EXACT_BELOW else None
 
 
 def _retrieve(items: ItemTable, values: dict[str, Any], exclude: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows of the items to rank for a request that brings no candidates."""
-    index: Index | None = items.index
-    if index is not None and items.num_items > EXACT_BELOW:
+    if (index := _index_of(items)) is not None:
         return np.sort(index.search(values, RETRIEVED, exclude))
     keep = np.ones(items.num_items, np.bool_)
     keep[exclude] = False

@@ -18,6 +18,7 @@ from evergreen.models.encoding import check_columns
 from evergreen.models.package import ModelPackage
 from evergreen.models.split.halves import Halves
 from evergreen.models.split.request import UserEncoder
+from evergreen.models.split.scorer import check_updated
 from evergreen.models.split.two_tower import SplitTwoTower
 from evergreen.models.two_tower import TwoTower
 
@@ -84,10 +85,7 @@ class RetrievalIndex:
             ArtifactError: as in `build`.
             ValueError: rows are out of range, or not as many as `items`.
         """
-        if len(rows) != items.num_rows:
-            raise ValueError(f"{len(rows)} rows for {items.num_rows} items: give one row for each item")
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.num_items):
-            raise ValueError(f"rows from {rows.min()} to {rows.max()}: must be in [0, {self.num_items})")
+        check_updated(rows, items, self.num_items)
         place = torch.from_numpy(rows).to(self.vectors.device)
         return replace(self, vectors=self.vectors.index_copy(1, place, _item_vectors(self.package, items)))
 

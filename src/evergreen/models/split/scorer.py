@@ -106,10 +106,7 @@ class SplitScorer:
             ArtifactError: as in `prepare`.
             ValueError: rows are out of range, or not as many as `items`.
         """
-        if len(rows) != items.num_rows:
-            raise ValueError(f"{len(rows)} rows for {items.num_rows} items: give one row for each item")
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.num_items):
-            raise ValueError(f"rows from {rows.min()} to {rows.max()}: must be in [0, {self.num_items})")
+        check_updated(rows, items, self.num_items)
         place = torch.from_numpy(rows).to(self.item_half[0].device)
         newer, newer_first_order = _item_half(self.package, self._model, self._halves, items)
         half = tuple(old.index_copy(0, place, new) for old, new in zip(self.item_half, newer, strict=True))
@@ -218,6 +215,14 @@ class SplitScorer:
 
     def _values(self, user: pa.Table | Mapping[str, Any]) -> Mapping[str, Any]:
         return _only_row(user, self._users.features) if isinstance(user, pa.Table) else user
+
+
+def check_updated(rows: NDArray[np.int64], items: pa.Table, num_items: int) -> None:
+    """Raise ValueError unless there is a row in [0, num_items) for each of the items."""
+    if len(rows) != items.num_rows:
+        raise ValueError(f"{len(rows)} rows for {items.num_rows} items: give one row for each item")
+    if len(rows) and not (rows.min() >= 0 and rows.max() < num_items):
+        raise ValueError(f"rows from {rows.min()} to {rows.max()}: must be in [0, {num_items})")
 
 
 def _only_row(table: pa.Table, features: Sequence[Feature]) -> Mapping[str, Any]:
