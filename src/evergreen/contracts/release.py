@@ -36,18 +36,21 @@ class CanaryReport(JsonModel):
     """None for the first release: nothing to compare with."""
     num_requests: int
     checks: tuple[CanaryCheck, ...]
+    error: str | None = None
+    """Why there was no challenger to ask, or none any more; None: there was."""
 
     @property
     def passed(self) -> bool:
         """Whether it may serve."""
-        return all(check.passed for check in self.checks)
+        return self.error is None and all(check.passed for check in self.checks)
 
     @property
     def failures(self) -> str:
         """What stands against it, in words."""
         failed = [check for check in self.checks if not check.passed]
         values = ["not measured" if check.value is None else f"{check.value:.4g}" for check in failed]
-        return "; ".join(f"{c.name} is {value}, {c.limit} allowed" for c, value in zip(failed, values, strict=True))
+        words = [f"{c.name} is {value}, {c.limit} allowed" for c, value in zip(failed, values, strict=True)]
+        return "; ".join(words if self.error is None else [self.error, *words])
 
 
 class ReleaseKind(StrEnum):

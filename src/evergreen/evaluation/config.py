@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.mapping import LogKind
 
 
@@ -48,6 +50,31 @@ class EvaluationConfig(BaseModel):
         return self
 
 
+class GateConfig(JsonModel):
+    """What a challenger must hold to take the place of what serves."""
+
+    min_positives: int = Field(default=100, ge=1)
+    """Of the test rows, and of those that were served; below it an interval of normalized entropy says too little."""
+    max_click_rate_ratio: float = Field(default=1.25, gt=1)
+    """By which factor predicted clicks may lie above or below what was observed, beyond the interval. Auctions and
+    blends of several models read probabilities, so a better order with wrong numbers is no better model."""
+    latency_budget_ms: float = Field(default=50.0, gt=0)
+    """p99 of scoring 500 candidates."""
+    must_beat: bool = True
+    """Whether being as good is not enough. A model that is no better costs a release and brings nothing."""
+    max_skew: float = Field(default=0.005, ge=0)
+    """Share of its metric that a challenger may lose more than what serves, from the features that it was trained on to
+    those that are served, beyond the interval; or as much as it is better by even so. A store that is a day behind
+    costs both alike."""
+    trusted_features: tuple[str, ...] = ()
+    """Features that no server has logged yet, and of which a person knows that they are served as they are trained:
+    they are taken from the training rows. Others count as unknown, since one that is made with the future looks like a
+    new and good one."""
+    max_served_rows: int = Field(default=200_000, ge=1)
+    """The newest of the test rows that were served; bounds memory."""
+    seed: int = 0
+
+
 class ModelFacts(Protocol):
     """What a model says of itself; `evergreen.models.package.ModelInfo` does."""
 
@@ -64,6 +91,11 @@ class ModelFacts(Protocol):
     @property
     def snapshot_id(self) -> str:
         """The snapshot it was trained on."""
+        ...
+
+    @property
+    def as_of(self) -> datetime:
+        """The moment up to which that knows the world."""
         ...
 
 

@@ -19,8 +19,9 @@ from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.errors import EvergreenError
 from evergreen.contracts.release import CanaryCheck, CanaryReport
 
-_TIMEOUT_SECONDS = 30.0
-_UNREACHABLE_AFTER = 5  # failures in a row
+_TIMEOUT_SECONDS = 10.0
+_GONE_AFTER = 5  # requests in a row without any answer
+_TRIES = 3  # of an answer that is over the latency budget
 
 
 class CanaryConfig(JsonModel):
@@ -31,7 +32,11 @@ class CanaryConfig(JsonModel):
     max_failed_share: float = Field(default=0.0, ge=0, le=1)
     """Of requests without an answer."""
     latency_budget_ms: float = Field(default=50.0, gt=0)
-    """p99 of a request over HTTP, as the champion's choice has it for scoring alone."""
+    """p99 of a request over HTTP, as the champion's choice has it for scoring alone. What else runs on the machine
+    only ever adds time: what is over it is asked again, up to twice, and the quickest answer counts. Where the p99 of
+    the champion is over it even so, that is the limit."""
+    max_latency_ratio: float = Field(default=5.0, gt=1)
+    """How many times the champion's median it may take: there are as many servers as the champion needs."""
     max_degraded_more: float = Field(default=0.01, ge=0, le=1)
     """How much larger the share of degraded answers may be than the champion's: it reads the same online store."""
     max_missing_items_more: float = Field(default=0.01, ge=0, le=1)
@@ -48,10 +53,22 @@ class _Seen:
     version: str = ""
     seconds: list[float] = field(default_factory=list)
     failed: int = 0
+    unanswered: int = 0
+    """In a row, up to now."""
+    last_error: str = ""
     degraded: int = 0
     asked_items: int = 0
     ranked_items: int = 0
     scores: list[float] = field(default_factory=list)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody is there any more."""
+        return self.unanswered >= _GONE_AFTER
+
+    def latency_ms(self, quantile: float) -> float | None:
+        """Of the requests that were answered."""
+        return float(np.quantile(self.seconds, quantile)) * 1000 if self.seconds else None
 
 
 def run_canary(
@@ -71,16 +88,26 @@ def run_canary(
         model_name: in the URL.
         config: what must hold.
 
+    Returns:
+        What was seen; of a challenger that is not there, or no longer, that it is gone.
+
     Raises:
-        EvergreenError: one of the servers cannot be reached at all.
+        EvergreenError: the champion cannot be reached: there is nothing to compare with.
     """
     config = config or CanaryConfig()
     ours, theirs = _Seen(), _Seen()
-    _ask(challenger, model_name, requests[:1], _Seen())  # connects
+    for request in requests[:1]:
+        _ask(challenger, model_name, request, _Seen(), config)  # connects
     for request in requests:
-        _ask(challenger, model_name, [request], ours)
+        _ask(challenger, model_name, request, ours, config)
         if champion is not None:
-            _ask(champion, model_name, [request], theirs)
+            _ask(champion, model_name, request, theirs, config)
+            if theirs.is_gone:
+                raise EvergreenError(
+                    f"{champion.base_url}: the champion cannot be reached: {theirs.last_error}; is the server running?"
+                )
+        if ours.is_gone:
+            break
     num_requests = len(requests)
     answered = max(num_requests - ours.failed, 1)
     checks = [
@@ -88,8 +115,8 @@ def run_canary(
         _at_most("failed_share", ours.failed / max(num_requests, 1), config.max_failed_share),
         _at_most(
             "latency_p99_ms",
-            float(np.quantile(ours.seconds, 0.99)) * 1000 if ours.seconds else None,
-            config.latency_budget_ms,
+            ours.latency_ms(0.99),
+            max(config.latency_budget_ms, theirs.latency_ms(0.99) or 0.0),
         ),
         _at_most(
             "degraded_share",
@@ -101,6 +128,9 @@ def run_canary(
         if ours.asked_items:
             missing = [1 - seen.ranked_items / max(seen.asked_items, 1) for seen in (ours, theirs)]
             checks.append(_at_most("missing_items_share", missing[0], missing[1] + config.max_missing_items_more))
+        median, its_median = ours.latency_ms(0.5), theirs.latency_ms(0.5)
+        slower = median / its_median if median and its_median else None
+        checks.append(_at_most("latency_p50_ratio", slower, config.max_latency_ratio))
         ratio = float(np.mean(ours.scores) / np.mean(theirs.scores)) if ours.scores and theirs.scores else None
         most = config.max_prediction_ratio
         checks.append(
@@ -116,35 +146,52 @@ def run_canary(
         champion=theirs.version or None,
         num_requests=num_requests,
         checks=tuple(checks),
+        error=f"{challenger.base_url}: cannot be reached: {ours.last_error}" if ours.is_gone else None,
     )
 
 
-def _ask(client: httpx.Client, model_name: str, requests: Sequence[Mapping[str, Any]], seen: _Seen) -> None:
-    for request in requests:
-        started = time.perf_counter()
-        try:
+def not_started(challenger: str, champion: str | None, error: str) -> CanaryReport:
+    """What is to be said of a challenger whose server does not come up: it does not pass.
+
+    Args:
+        challenger: version of it.
+        champion: version of what serves; None where nothing does yet.
+        error: what the server said.
+    """
+    return CanaryReport(challenger=challenger, champion=champion, num_requests=0, checks=(), error=error)
+
+
+def _ask(client: httpx.Client, model_name: str, request: Mapping[str, Any], seen: _Seen, config: CanaryConfig) -> None:
+    elapsed = float("inf")
+    try:
+        for _ in range(_TRIES):
+            started = time.perf_counter()
             response = client.post(
                 f"/v1/models/{model_name}:predict", json={"instances": [request]}, timeout=_TIMEOUT_SECONDS
             )
-        except httpx.TransportError as error:
-            seen.failed += 1
-            if seen.failed >= _UNREACHABLE_AFTER and not seen.seconds:
-                raise EvergreenError(
-                    f"{client.base_url}: cannot be reached: {error}; is the server running?"
-                ) from error
-            continue
-        elapsed = time.perf_counter() - started
-        seen.asked_items += len(request.get("candidates") or ())
-        if not response.is_success:
-            seen.failed += 1
-            continue
-        seen.seconds.append(elapsed)
-        (answer,) = response.json()["predictions"]
-        seen.version = answer["model_version"]
-        seen.degraded += answer["degraded"]
+            elapsed = min(elapsed, time.perf_counter() - started)
+            if not response.is_success or elapsed * 1000 <= config.latency_budget_ms:
+                break
+    except httpx.TransportError as error:
+        seen.failed += 1
+        seen.unanswered += 1
+        seen.last_error = str(error) or type(error).__name__
+        return
+    seen.unanswered = 0
+    try:
+        (answer,) = response.raise_for_status().json()["predictions"]
+        version, degraded = answer["model_version"], bool(answer["degraded"])
         ranked = answer.get("items", [answer])
-        seen.ranked_items += len(ranked) if "items" in answer else 0
-        seen.scores += [item.get("probability", item.get("rating")) for item in ranked]
+        scores = [float(item["probability"] if "probability" in item else item["rating"]) for item in ranked]
+    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError):
+        seen.failed += 1  # whatever a server says that is no answer
+        return
+    seen.seconds.append(elapsed)
+    seen.asked_items += len(request.get("candidates") or ())
+    seen.version = version
+    seen.degraded += degraded
+    seen.ranked_items += len(ranked) if "items" in answer else 0
+    seen.scores += scores
 
 
 def _at_most(name: str, value: float | None, limit: float) -> CanaryCheck:

@@ -1,7 +1,8 @@
 """Promotion and the way back on one machine: the link is switched, and the server told to read it again.
 
 The server loads the package beside the one that answers and drops no request (V2 repository load). If it will not have
-the package, the link goes back to where it was, and so does the history.
+the package, the link goes back to where it was, and so does the history. What was killed half-way may be called again
+with the same moment: nothing is released twice, and the server is told again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ from evergreen.release.store import ReleaseStore
 _LOAD_SECONDS = 300.0
 
 logger = logging.getLogger(__name__)
+
+
+def server_client(url: str, token_file: Path | str = "") -> httpx.Client | None:
+    """A client of the server that is told of releases.
+
+    Args:
+        url: base of the server; empty: none.
+        token_file: its first word is the bearer token that the server asks for; empty: none.
+    """
+    if not url:
+        return None
+    headers = {"Authorization": f"Bearer {Path(token_file).read_text().split()[0]}"} if token_file else {}
+    # The server is named outright, so the proxies of the environment are not asked.
+    return httpx.Client(base_url=url, headers=headers, trust_env=False)
 
 
 def promote(

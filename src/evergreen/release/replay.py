@@ -8,12 +8,18 @@ from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from evergreen.contracts.impressions import feature_table, first_rows, read_impressions
 
 
 def logged_requests(
-    impressions: str, *, context: Collection[str], limit: int, start: datetime | None = None
+    impressions: str,
+    *,
+    context: Collection[str],
+    limit: int,
+    start: datetime | None = None,
+    before: datetime | None = None,
 ) -> list[dict[str, Any]]:
     """The newest requests of an impression log, as V1 instances that rank the items which were shown then.
 
@@ -22,6 +28,7 @@ def logged_requests(
         context: names of the context features of the model's log.
         limit: how many, at most.
         start: those served before it are left out.
+        before: those of that moment or later, by event_timestamp, are left out: a run that is repeated asks the same.
 
     Returns:
         Oldest first: user_id, candidates, context and event_timestamp, without the request's id: it is not asked again
@@ -32,6 +39,10 @@ def logged_requests(
     """
     newest: deque[dict[str, Any]] = deque(maxlen=limit)
     for table in read_impressions(impressions, start=start):
+        if before is not None:
+            table = table.filter(pc.field("event_timestamp") < before)
+        if not table.num_rows:
+            continue
         newest.extend(_instances(table, context))
     return list(newest)
 

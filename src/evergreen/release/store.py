@@ -1,4 +1,7 @@
-"""The folder of releases; see `contracts.release` for its layout."""
+"""The folder of releases; see `contracts.release` for its layout.
+
+A release is named by its moment: one that was killed half-way is finished by asking for it again.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class ReleaseStore:
     def release(
         self, package: Path, version: str, *, as_of: datetime, reason: str, canary: CanaryReport | None = None
     ) -> Release:
-        """Let a package serve.
+        """Let a package serve. The release that was made last, asked for again, is mended and otherwise as it was.
 
         Args:
             package: its directory; copied, so that it outlives the run that made it.
@@ -61,22 +64,36 @@ class ReleaseStore:
             canary: what was seen of it before.
 
         Raises:
-            ArtifactError: its canary failed, or it is older than what serves.
+            ArtifactError: its canary failed, it is older than what serves, or it was released at that moment and taken
+                back.
         """
         if canary is not None and not canary.passed:
             raise ArtifactError(f"{version} is not released: {canary.failures}")
+        now = [one for one in self.history() if one.released_at == as_of]
+        if any((one.version, one.kind) == (version, ReleaseKind.RELEASE) for one in now):
+            if now[-1].kind is ReleaseKind.ROLLBACK:
+                raise ArtifactError(
+                    f"{version} was released at {as_of} and taken back: {now[-1].reason}; a new release needs a moment "
+                    "of its own"
+                )
+            if now[-1] == self.history()[-1]:
+                self.repair()
+                return now[-1]
         if not self.package(version).exists():
             with atomic_directory(self.package(version)) as scratch:
                 shutil.copytree(package, scratch, dirs_exist_ok=True)
         return self._put(version, ReleaseKind.RELEASE, as_of, reason, canary)
 
     def roll_back(self, *, as_of: datetime, reason: str) -> Release:
-        """Let the package serve again that served before the one that serves now.
+        """Let the package serve again that served before the one that serves now; of the same moment, once.
 
         Raises:
             ArtifactError: there is none before it, or its package is gone.
         """
         history = self.history()
+        if history and (history[-1].kind, history[-1].released_at) == (ReleaseKind.ROLLBACK, as_of):
+            self.repair()
+            return history[-1]
         target = history[-1].previous if history else None
         if target is None:
             raise ArtifactError(f"{self.path}: nothing served before: there is no way back")
@@ -101,10 +118,13 @@ class ReleaseStore:
             canary=canary,
         )
         # The history first: a link that nothing explains would be worse than a line whose link is put there again.
-        with (self.path / HISTORY).open("a") as file:
-            file.write(json.dumps(release.model_dump(mode="json")) + "\n")
+        self.path.mkdir(parents=True, exist_ok=True)
+        scratch = self.path / f".{HISTORY}.partial"
+        with scratch.open("w") as file:
+            file.writelines(json.dumps(one.model_dump(mode="json")) + "\n" for one in [*history, release])
             file.flush()
             os.fsync(file.fileno())
+        scratch.replace(self.path / HISTORY)
         self.repair()
         return release
 

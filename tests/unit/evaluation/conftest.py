@@ -28,10 +28,10 @@ from evergreen.contracts.training_set import (
     TrainingSet,
     TrainingSetManifest,
 )
-from evergreen.features.point_in_time import join_features
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
 from evergreen.training.dataset import build_training_set
+from tests.joined import Joined
 
 START = datetime(2024, 3, 4, tzinfo=UTC)  # a Monday
 
@@ -51,11 +51,12 @@ class FormulaScorer:
     formula: Callable[[pa.Table], np.ndarray]
     snapshot_id: str
     kind: LogKind
+    as_of: datetime
     probability: Callable[[np.ndarray], np.ndarray] = field(default=lambda scores: scores)
 
     @property
     def info(self) -> Any:
-        return SimpleNamespace(name=self.name, kind=self.kind, snapshot_id=self.snapshot_id)
+        return SimpleNamespace(name=self.name, kind=self.kind, snapshot_id=self.snapshot_id, as_of=self.as_of)
 
     @property
     def version(self) -> str:
@@ -84,7 +85,8 @@ class World:
     training_set: TrainingSet
 
     def scorer(self, name: str, formula: Callable[[pa.Table], np.ndarray], **options: Any) -> FormulaScorer:
-        return FormulaScorer(name, formula, self.snapshot.id, self.training_set.kind, **options)
+        manifest = self.training_set.manifest
+        return FormulaScorer(name, formula, self.snapshot.id, self.training_set.kind, manifest.as_of, **options)
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
@@ -196,16 +198,6 @@ def ratings(tmp_path_factory: pytest.TempPathFactory) -> World:
     return written_world(tmp_path_factory.mktemp("ratings"), "ratings", rows)
 
 
-class JoinedFeatures:
-    """Joins features without Feast; a test of the feature store holds both to the same result."""
-
-    def __init__(self, tables: FeatureTables) -> None:
-        self._tables = tables
-
-    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
-        return join_features(spine, self._tables)
-
-
 INTERACTIONS = """
 name = "reads"
 kind = "interactions"
@@ -243,7 +235,7 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> World:
     lines = [f"{t.isoformat()},u{u},i{i},{'phone' if u % 2 else 'desk'}" for t, u, i in sorted(events)]
     path = tmp_path_factory.mktemp("reads")
     snapshot, tables = ingested(path, INTERACTIONS, lines)
-    training_set = build_training_set(snapshot, tables, JoinedFeatures(tables), path / "training_set")
+    training_set = build_training_set(snapshot, tables, Joined(tables), path / "training_set")
     return World(snapshot, tables, training_set)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -81,3 +82,14 @@ def test_ratings_are_compared_by_their_error(ratings: Any) -> None:
 def test_models_of_other_snapshots_are_compared(clicks: Any) -> None:
     old = replace(clicks.scorer("deepfm", blurred), snapshot_id="of last week")
     assert gate_challenger(clicks.training_set, clicks.scorer("deepfm", truth), old, config=GENEROUS).passed
+
+
+@pytest.mark.parametrize("stale", ["model", "rows"])
+def test_challenger_that_is_older_than_what_serves_does_not_pass(clicks: Any, stale: str) -> None:
+    challenger, old = clicks.scorer("deepfm", truth), clicks.scorer("deepfm", blurred)
+    if stale == "model":
+        challenger = replace(challenger, as_of=old.as_of - timedelta(days=7))
+    else:
+        old = replace(old, as_of=old.as_of + timedelta(days=7))
+    report = gate_challenger(clicks.training_set, challenger, old, config=GENEROUS)
+    assert not report.passed and report.reason.startswith("it knows the world until 20")

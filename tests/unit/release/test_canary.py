@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ import httpx
 import pytest
 
 from evergreen.contracts.errors import EvergreenError
-from evergreen.release.canary import CanaryConfig, run_canary
+from evergreen.release import canary
+from evergreen.release.canary import not_started, run_canary
 
 REQUESTS = [{"user_id": f"u{n}", "candidates": ["a", "b"]} for n in range(120)]
 
@@ -66,9 +68,60 @@ def test_challenger_that_fails_once_fails() -> None:
     assert not report.passed and report.failures == "failed_share is 0.008333, at most 0 allowed"
 
 
-def test_slow_challenger_is_found_out() -> None:
-    report = run_canary(server("new"), server("old"), REQUESTS, config=CanaryConfig(latency_budget_ms=1e-6))
-    assert [check.name for check in report.checks if not check.passed] == ["latency_p99_ms"]
+class Clock:
+    """Time that passes only while a server thinks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(canary.time, "perf_counter", lambda: self.now)
+
+    def server(self, version: str, *milliseconds: float) -> httpx.Client:
+        """One that takes so long for its first answer, so long for its second … and begins anew."""
+        quick, times = server(version), itertools.cycle(milliseconds)
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            self.now += next(times) / 1000
+            return quick.post("/", content=request.content)
+
+        return client(answer)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "of_champion", "names"),
+    [
+        (60, 20, {"latency_p99_ms"}),
+        (60, 60, set()),  # the machine is slow for both
+        (40, 4, {"latency_p50_ratio"}),
+        (40, 10, set()),
+    ],
+)
+def test_slow_challenger_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: float, of_champion: float, names: set[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    report = run_canary(clock.server("new", milliseconds), clock.server("old", of_champion), REQUESTS)
+    assert {check.name for check in report.checks if not check.passed} == names
+
+
+def test_what_a_busy_machine_adds_is_not_the_challengers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert run_canary(clock.server("new", 5, 5, 200, 90), clock.server("old", 5), REQUESTS).passed
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"predictions": []}', b'{"predictions": [{"model_version": "new", "degraded": false}]}']
+)
+def test_what_is_no_answer_counts_as_failed(content: bytes) -> None:
+    report = run_canary(client(lambda request: httpx.Response(200, content=content)), server("old"), REQUESTS)
+    assert not report.passed and "failed_share is 1, at most 0 allowed" in report.failures
+
+
+def test_score_that_is_no_number_counts_as_failed() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        prediction = {"model_version": "new", "degraded": False, "items": [{"item_id": "a", "probability": None}]}
+        return httpx.Response(200, json={"predictions": [prediction]})
+
+    assert "failed_share is 1" in run_canary(client(answer), server("old"), REQUESTS).failures
 
 
 def test_canary_that_saw_too_little_proves_nothing() -> None:
@@ -81,9 +134,31 @@ def test_first_release_has_nothing_to_be_compared_with() -> None:
     assert report.passed and report.champion is None
 
 
-def test_server_that_is_not_there_is_named() -> None:
-    def away(request: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectError("refused")
+def dies(after: int) -> httpx.Client:
+    healthy, calls = server("new"), 0
 
-    with pytest.raises(EvergreenError, match=r"http://model.*cannot be reached: refused"):
-        run_canary(client(away), server("old"), REQUESTS)
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise httpx.ConnectError("refused")
+        return healthy.post("/", content=request.content)
+
+    return client(answer)
+
+
+@pytest.mark.parametrize("after", [0, 50])
+def test_challenger_that_is_gone_is_not_waited_for(after: int) -> None:
+    report = run_canary(dies(after), server("old"), REQUESTS)
+    assert not report.passed and report.error == "http://model: cannot be reached: refused"
+    assert report.failures.startswith("http://model: cannot be reached: refused; failed_share is 0.04")
+
+
+def test_champion_that_is_gone_is_no_verdict_on_the_challenger() -> None:
+    with pytest.raises(EvergreenError, match=r"http://model.*champion cannot be reached: refused"):
+        run_canary(server("new"), dies(50), REQUESTS)
+
+
+def test_challenger_whose_server_does_not_start_never_passes() -> None:
+    report = not_started("new", "old", "no feature x")
+    assert not report.passed and report.failures == "no feature x"

@@ -87,3 +87,46 @@ def test_broken_line_of_the_history_is_named(store: ReleaseStore) -> None:
         file.write("{}\n")
     with pytest.raises(ArtifactError, match=r"history\.jsonl, line 3: not a release"):
         store.history()
+
+
+def state(store: ReleaseStore) -> tuple[str, list[tuple[str, str]]]:
+    return serving(store), [(one.version, one.kind.value) for one in store.history()]
+
+
+def test_release_that_is_asked_for_again_is_made_once(store: ReleaseStore, tmp_path: Path) -> None:
+    before = state(store)
+    store.current.unlink()  # killed between the history and the link
+    again = store.release(tmp_path / "gone", "fm-2", as_of=DAY + timedelta(days=1), reason="better")
+    assert state(store) == before and again.previous == "lr-1"
+
+
+def test_way_back_that_is_asked_for_again_is_taken_once(store: ReleaseStore) -> None:
+    when = DAY + timedelta(days=2)
+    store.roll_back(as_of=when, reason="fewer clicks")
+    before = state(store)
+    store.current.unlink()
+    assert store.roll_back(as_of=when, reason="fewer clicks").version == "lr-1"
+    assert state(store) == before
+
+
+def test_release_that_was_taken_back_is_not_made_again_at_its_moment(store: ReleaseStore, tmp_path: Path) -> None:
+    when = DAY + timedelta(days=1)
+    store.roll_back(as_of=when, reason="the server could not load fm-2")
+    before = state(store)
+    with pytest.raises(ArtifactError, match=r"fm-2 was released at .* and taken back: the server could not load fm-2"):
+        store.release(tmp_path / "trained" / "fm-2", "fm-2", as_of=when, reason="better")
+    assert state(store) == before
+    again = store.release(tmp_path / "trained" / "fm-2", "fm-2", as_of=when + timedelta(hours=1), reason="once more")
+    assert again.previous == "lr-1" and serving(store) == "fm-2"
+
+
+def test_history_is_never_half_written(store: ReleaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = state(store)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evergreen.release.store.os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.release(package(tmp_path, "dlrm-3"), "dlrm-3", as_of=DAY + timedelta(days=2), reason="better")
+    assert state(store) == before
