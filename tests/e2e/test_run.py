@@ -92,6 +92,7 @@ def test_what_a_person_looks_for_lies_on_top(done: tuple[Path, str], summary: di
     assert Snapshot.load(snapshot, verify=True).id == summary["snapshot"]["id"]
 
 
+@pytest.mark.heavy
 def test_a_second_run_over_one_model_gives_the_same_snapshot_and_package(
     done: tuple[Path, str], summary: dict, log: Path, tmp_path: Path
 ) -> None:

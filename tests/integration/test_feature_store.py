@@ -19,6 +19,7 @@ from evergreen.features.point_in_time import items_as_of, join_features, service
 from evergreen.features.request import REQUEST_SCHEMA
 from evergreen.features.schema import feature_table_schemas
 from evergreen.features.store import FeatureStore
+from tests.joined import Joined
 
 MICROS = pa.timestamp("us", tz="UTC")
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -125,6 +126,15 @@ def test_feast_gives_what_the_join_gives(store: FeatureStore, tables: FeatureTab
     assert historical.column_names == joined.column_names
     for name in joined.column_names:
         assert historical[name].combine_chunks().equals(joined[name].combine_chunks()), name
+
+
+def test_rows_know_what_was_known_at_the_moment_that_is_asked_for(store: FeatureStore, tables: FeatureTables) -> None:
+    """And how long ago things are is counted to the row."""
+    rows = spine()
+    known_at = pa.array([at - timedelta(hours=7) for at in rows["event_timestamp"].to_pylist()], MICROS)
+    historical = store.historical(rows, known_at=known_at)
+    assert historical.equals(Joined(tables).historical(rows, known_at=known_at))
+    assert not historical["user_events_1d"].equals(store.historical(rows)["user_events_1d"])
 
 
 def test_log_without_users_and_categories_has_null_features(tmp_path: Path) -> None:

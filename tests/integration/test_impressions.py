@@ -21,23 +21,21 @@ from confluent_kafka import Consumer
 
 from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.impressions import feature_table, from_message, read_impressions
-from evergreen.contracts.mapping import LogKind, Mapping
+from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.snapshot import Snapshot
 from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin
 from evergreen.features.columns import feature_columns
 from evergreen.features.online_reader import open_reader
 from evergreen.features.store import FeatureStore
-from evergreen.features.tables import build_feature_tables
-from evergreen.ingest.log import ingest_log
 from evergreen.monitoring.skew import check_skew
 from evergreen.serving.impression_sinks import KafkaSink, ParquetSink
 from evergreen.serving.impressions import DROPPED, WRITTEN, ImpressionLog
 from evergreen.serving.recommender import OnlineItems, Recommender
 from evergreen.serving.schema import RankingRequest
 from evergreen.serving.users import UserFeatures
-from evergreen.simulator.log import SimulatorConfig, simulate_log
 from tests.kafka import KafkaBroker, kafka_broker
 from tests.serving import make_answer
+from tests.small_world import SmallWorld
 
 TOPIC = "shown"
 PRICE = Feature(name="price", kind=ColumnKind.NUMERIC, origin=FeatureOrigin.ITEM)
@@ -79,11 +77,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
-    simulate_log(SimulatorConfig(num_users=60, num_items=50, num_days=8, events_per_day=600, seed=3), root / "log")
-    snapshot = ingest_log(Mapping.load("simulated"), str(root / "log"), root / "snapshot")
-    tables = build_feature_tables(snapshot, root / "feature_tables")
+    snapshot, tables = small_world.snapshot, small_world.tables
     store = FeatureStore.create(root / "feature_store", tables)
     at = snapshot.as_of - timedelta(days=2, minutes=-17, microseconds=123_457)
     store.materialize(at)

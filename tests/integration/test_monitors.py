@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,13 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from evergreen.contracts.errors import ArtifactError
-from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.impressions import impression_schema, impression_table, read_impressions
 from evergreen.contracts.mapping import Mapping
 from evergreen.contracts.monitoring_report import DriftStatus, MonitoringReport, SignalKind
 from evergreen.contracts.outcomes import Outcomes
 from evergreen.contracts.training_set import TrainingSet
-from evergreen.features.point_in_time import join_features
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
 from evergreen.models.package import ModelPackage
@@ -34,18 +33,9 @@ from evergreen.simulator.log import SimulatorConfig, simulate_log
 from evergreen.training.config import TrainingConfig
 from evergreen.training.dataset import build_training_set
 from evergreen.training.trainer import train_model
+from tests.joined import Joined
 
 DAY = timedelta(days=1)
-
-
-class Joined:
-    """What the offline store gives, without Feast's import; another test holds both equal."""
-
-    def __init__(self, tables: FeatureTables) -> None:
-        self._tables = tables
-
-    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
-        return join_features(spine, self._tables)
 
 
 @dataclass(frozen=True)
@@ -174,6 +164,41 @@ def test_the_reference_reads_back_and_holds_no_id(served: Served, tmp_path: Path
     user = served.rows["user_id"][0].as_py()
     assert f'"{user}"' not in (tmp_path / "reference.json").read_text()
     assert set(served.reference.weekdays) == set(range(7))
+
+
+def recut(training_set: TrainingSet, length: timedelta, out: Path) -> TrainingSet:
+    """The same rows, of which the newest of a length are the test split."""
+    shutil.copytree(training_set.path, out)
+    rows = pa.concat_tables([training_set.read("validation"), training_set.read("test")])
+    infos = dict(training_set.manifest.splits)
+    cut = infos["test"].end - length
+    newest = pc.greater_equal(rows["event_timestamp"], pa.scalar(cut, rows["event_timestamp"].type))
+    for split, part in (("validation", rows.filter(pc.invert(newest))), ("test", rows.filter(newest))):
+        pq.write_table(part, out / f"{split}.parquet")
+        edges = {"end": cut} if split == "validation" else {"start": cut}
+        infos[split] = infos[split].model_copy(update={**edges, "rows": part.num_rows})
+    training_set.manifest.model_copy(update={"splits": infos}).write(out / TrainingSet.MANIFEST)
+    return TrainingSet.load(out)
+
+
+def test_split_of_some_hours_is_compared_as_the_newest_day(served: Served, tmp_path: Path) -> None:
+    importance = cached_importance(tmp_path / "i.json", served.package, served.rows)
+    hours = recut(served.training_set, timedelta(hours=6), tmp_path / "hours")
+    day = recut(served.training_set, DAY, tmp_path / "day")
+    of_hours, of_day = (make_reference(rows, served.package, importance) for rows in (hours, day))
+    assert hours.manifest.splits["test"].rows < 0.6 * day.manifest.splits["test"].rows
+    assert of_day.training.features.rows == day.manifest.splits["test"].rows, "a day is compared as it is"
+    assert of_hours.training.model_dump() == of_day.training.model_dump(), (
+        "what hours of the day are like is not what days are like"
+    )
+
+
+def test_newest_day_is_sampled_as_any_split(served: Served, tmp_path: Path) -> None:
+    importance = cached_importance(tmp_path / "i.json", served.package, served.rows)
+    hours = recut(served.training_set, timedelta(hours=6), tmp_path / "hours")
+    small, again = (make_reference(hours, served.package, importance, sample_rows=700, seed=4) for _ in range(2))
+    assert small.model_dump() == again.model_dump()
+    assert small.training.features.rows == small.training.predictions.rows == 700
 
 
 def test_importance_of_another_model_is_refused(served: Served, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "phases", "num_examples"), [("impressions", "coverage,fuzzing", 15), ("context_only", "fuzzing", 5)]
+    ("kind", "phases", "num_examples"),
+    [("impressions", "coverage,fuzzing", 15), pytest.param("context_only", "fuzzing", 5, marks=pytest.mark.heavy)],
 )
 def test_schemathesis_finds_nothing(
     parts: Callable[[str], Any],  # noqa: F811

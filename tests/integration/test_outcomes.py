@@ -21,7 +21,6 @@ from evergreen.contracts.monitoring_report import MonitoringReport
 from evergreen.contracts.outcomes import Outcomes
 from evergreen.contracts.snapshot import Snapshot
 from evergreen.contracts.training_set import ColumnKind, Feature, FeatureOrigin, TrainingSet
-from evergreen.features.point_in_time import join_features
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
 from evergreen.metrics.binary import auc, expected_calibration_error, normalized_entropy
@@ -38,6 +37,7 @@ from evergreen.simulator.log import simulate_log
 from evergreen.training.config import TrainingConfig
 from evergreen.training.dataset import build_training_set
 from evergreen.training.trainer import train_model
+from tests.joined import Joined
 
 DAY = timedelta(days=1)
 _ORIGINS = {Role.USER: FeatureOrigin.USER, Role.ITEM: FeatureOrigin.ITEM, Role.CONTEXT: FeatureOrigin.CONTEXT}
@@ -46,16 +46,6 @@ _KINDS = {
     FeatureType.CATEGORICAL: ColumnKind.CATEGORICAL,
     FeatureType.MULTI: ColumnKind.MULTI,
 }
-
-
-class Joined:
-    """The same values as Feast's, by the join that a test elsewhere holds equal to it, without its import."""
-
-    def __init__(self, tables: FeatureTables) -> None:
-        self._tables = tables
-
-    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
-        return join_features(spine, self._tables)
 
 
 @dataclass(frozen=True)

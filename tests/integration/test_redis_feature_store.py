@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +15,8 @@ import yaml
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
-from evergreen.features.point_in_time import join_features
 from evergreen.features.store import CONFIG, FeatureStore
-from tests.integration.test_feature_store import MICROS, NOW, RICH, assert_online_is, mapping, spine, write_tables
+from tests.integration.test_feature_store import MICROS, NOW, RICH, assert_online_is, mapping, write_tables
 from tests.servers import RedisServer, redis_server
 
 
@@ -139,22 +137,3 @@ def test_feast_materialize_gives_the_same_and_never_goes_back(tables: FeatureTab
     assert_online_is(store, tables, NOW)
     store._store.materialize(start, earlier)
     assert_online_is(store, tables, NOW)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine: Spark needs Java 17")
-def test_store_file_of_a_cluster_gives_the_same_from_spark_and_redis(
-    server: RedisServer, tables: FeatureTables, tmp_path: Path
-) -> None:
-    pytest.importorskip("pyspark", reason="the extra `spark` is not installed")
-    store = FeatureStore.create(tmp_path / "store", tables, config="feature_store.cluster.yaml")
-    config = yaml.safe_load((store.path / CONFIG).read_text())
-    config["online_store"]["connection_string"] = server.address
-    config["offline_store"]["spark_conf"] |= {"spark.master": "local[1]", "spark.ui.enabled": "false"}
-    config["offline_store"]["spark_conf"] |= {"spark.sql.shuffle.partitions": "1"}
-    (store.path / CONFIG).write_text(yaml.safe_dump(config))
-    store = FeatureStore.open(store.path)
-    store.materialize(NOW)
-    assert_online_is(store, tables, NOW)
-    rows = spine(40)
-    assert store.historical(rows).equals(join_features(rows, tables))

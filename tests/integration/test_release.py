@@ -15,18 +15,12 @@ from click.testing import CliRunner
 
 from evergreen.cli.release import release
 from evergreen.contracts.errors import EvergreenError
-from evergreen.contracts.mapping import Mapping
-from evergreen.features.store import FeatureStore
-from evergreen.features.tables import build_feature_tables
-from evergreen.ingest.log import ingest_log
 from evergreen.models.package import ModelPackage
 from evergreen.release.replay import logged_requests
 from evergreen.release.store import ReleaseStore
 from evergreen.serving.client import RecommenderClient
 from evergreen.serving.process import served
-from evergreen.simulator.log import SimulatorConfig, simulate_log
-from evergreen.training.dataset import build_training_set
-from evergreen.training.trainer import TrainingConfig, train_model
+from tests.small_world import SmallWorld
 
 NUM_REQUESTS = 120
 
@@ -36,13 +30,10 @@ class Shop:
     """A small world, two packages that were trained on it, and what the first of them was asked."""
 
     root: Path
+    feature_store: Path
     first: ModelPackage
     second: ModelPackage
     at: datetime
-
-    @property
-    def feature_store(self) -> Path:
-        return self.root / "feature_store"
 
     @property
     def impressions(self) -> str:
@@ -50,20 +41,11 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Shop:
     root = tmp_path_factory.mktemp("shop")
-    simulate_log(SimulatorConfig(num_users=60, num_items=50, num_days=8, events_per_day=600, seed=3), root / "log")
-    snapshot = ingest_log(Mapping.load("simulated"), str(root / "log"), root / "snapshot")
-    tables = build_feature_tables(snapshot, root / "feature_tables")
-    store = FeatureStore.create(root / "feature_store", tables)
-    store.materialize(snapshot.as_of)
-    rows = build_training_set(snapshot, tables, store, root / "training_set")
-    configs = [
-        TrainingConfig(model="logistic_regression", max_epochs=1, seed=seed, export_program=False) for seed in (0, 1)
-    ]
-    first, second = (train_model(rows, root / f"model-{config.seed}", config=config) for config in configs)
-    shop = Shop(root, first, second, snapshot.as_of)
-    users = pq.read_table(snapshot.files[-1], columns=["user_id"])["user_id"].unique().to_pylist()
+    first, second = (small_world.package("logistic_regression", seed=seed) for seed in (0, 1))
+    shop = Shop(root, small_world.feature_store, first, second, small_world.snapshot.as_of)
+    users = pq.read_table(small_world.snapshot.files[-1], columns=["user_id"])["user_id"].unique().to_pylist()
     options = ["--feature-store", str(shop.feature_store), "--impressions", shop.impressions]
     with served(first.path, log=root / "serve.log", options=options) as url, RecommenderClient(url) as client:
         for number in range(NUM_REQUESTS):
@@ -96,6 +78,13 @@ def test_logged_requests_are_asked_as_they_were(shop: Shop) -> None:
     assert len(requests) == 50
     assert all(len(r["candidates"]) == 5 and r["context"] == {"device": "phone"} for r in requests)
     assert requests[-1]["event_timestamp"] == (shop.at + timedelta(seconds=NUM_REQUESTS - 1)).isoformat()
+
+
+def test_repeated_run_asks_nothing_that_came_after_its_moment(shop: Shop) -> None:
+    moment = shop.at + timedelta(seconds=30)
+    requests = logged_requests(shop.impressions, context=["device"], limit=50, before=moment)
+    assert len(requests) == 30
+    assert requests[-1]["event_timestamp"] == (shop.at + timedelta(seconds=29)).isoformat()
 
 
 def test_package_that_the_server_refuses_leaves_the_champion(shop: Shop, releases: ReleaseStore, url: str) -> None:

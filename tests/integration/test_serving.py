@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,51 +18,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from evergreen.contracts.errors import RequestError
-from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.impressions import read_impressions
-from evergreen.contracts.mapping import Mapping
-from evergreen.contracts.snapshot import Snapshot
 from evergreen.features.point_in_time import items_as_of, join_features
-from evergreen.features.tables import build_feature_tables
-from evergreen.ingest.log import ingest_log
-from evergreen.models.package import ModelPackage
 from evergreen.monitoring.skew import check_skew
 from evergreen.serving.client import RecommenderClient
 from evergreen.serving.recommender import Recommender
-from evergreen.simulator.log import SimulatorConfig, simulate_log
-from evergreen.training.dataset import build_training_set
-from evergreen.training.trainer import TrainingConfig, train_model
 from tests.serving import ask
+from tests.small_world import SmallWorld
 
-
-@dataclass(frozen=True)
-class Run:
-    """The artifacts of one small run."""
-
-    snapshot: Snapshot
-    tables: FeatureTables
-    model: Path
-    feature_store: Path
+MODEL = "deepfm"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from evergreen.features.store import FeatureStore
-
-    root = tmp_path_factory.mktemp("run")
-    simulate_log(SimulatorConfig(num_users=60, num_items=50, num_days=8, events_per_day=600, seed=3), root / "log")
-    snapshot = ingest_log(Mapping.load("simulated"), str(root / "log"), root / "snapshot")
-    tables = build_feature_tables(snapshot, root / "feature_tables")
-    store = FeatureStore.create(root / "feature_store", tables)
-    store.materialize(snapshot.as_of)
-    training_set = build_training_set(snapshot, tables, store, root / "training_set")
-    train_model(training_set, root / "model", config=TrainingConfig(model="deepfm", max_epochs=1, export_program=False))
-    return Run(snapshot, tables, root / "model", root / "feature_store")
-
-
-@pytest.fixture(scope="module")
-def recommender(run: Run) -> Recommender:
-    return Recommender.load(run.model, run.feature_store)
+def recommender(small_world: SmallWorld) -> Recommender:
+    return Recommender.load(small_world.package(MODEL).path, small_world.feature_store)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +40,12 @@ def impressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(run: Run, impressions: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(small_world: SmallWorld, impressions: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "evergreen.cli", "serve", "--port", str(port)]
-    command += ["--model", str(run.model), "--feature-store", str(run.feature_store)]
+    command += ["--model", str(small_world.package(MODEL).path), "--feature-store", str(small_world.feature_store)]
     command += ["--impressions", str(impressions)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         url = f"http://127.0.0.1:{port}"
@@ -87,16 +55,18 @@ def server(run: Run, impressions: Path) -> Iterator[tuple[str, subprocess.Popen[
         process.kill()
 
 
-def known_user(run: Run) -> str:
-    return str(pq.read_table(run.snapshot.files[-1], columns=["user_id"])["user_id"][-1].as_py())
+def known_user(small_world: SmallWorld) -> str:
+    return str(pq.read_table(small_world.snapshot.files[-1], columns=["user_id"])["user_id"][-1].as_py())
 
 
 @pytest.mark.parametrize("stranger", [False, True])
-def test_served_features_and_scores_equal_offline_ones(run: Run, recommender: Recommender, stranger: bool) -> None:
+def test_served_features_and_scores_equal_offline_ones(
+    small_world: SmallWorld, recommender: Recommender, stranger: bool
+) -> None:
     """No training-serving skew: what is served is what the model makes of the point-in-time join."""
-    user_id = "never seen" if stranger else known_user(run)
-    at = run.snapshot.as_of + timedelta(milliseconds=1)
-    items = items_as_of(run.tables, run.snapshot.as_of)
+    user_id = "never seen" if stranger else known_user(small_world)
+    at = small_world.snapshot.as_of + timedelta(milliseconds=1)
+    items = items_as_of(small_world.tables, small_world.snapshot.as_of)
     n = items.num_rows
     spine = pa.table(
         {
@@ -106,9 +76,9 @@ def test_served_features_and_scores_equal_offline_ones(run: Run, recommender: Re
             "category": items["category"],
         }
     )
-    offline = join_features(spine, run.tables)
+    offline = join_features(spine, small_world.tables)
     device = pa.array(["phone"] * n)
-    package = ModelPackage.load(run.model)
+    package = small_world.package(MODEL)
     wanted = package.predict(offline.append_column("device", device))
     answer = ask(recommender, user_id=user_id, k=500, context={"device": "phone"}, event_timestamp=at)
     expected = dict(zip(items["item_id"].to_pylist(), wanted.tolist(), strict=True))
@@ -119,10 +89,10 @@ def test_served_features_and_scores_equal_offline_ones(run: Run, recommender: Re
 
 @pytest.mark.parametrize("protocol", ["v1", "v2"])
 def test_served_package_answers_as_in_process(
-    run: Run, recommender: Recommender, server: tuple[str, subprocess.Popen[str]], protocol: str
+    small_world: SmallWorld, recommender: Recommender, server: tuple[str, subprocess.Popen[str]], protocol: str
 ) -> None:
     url, _ = server
-    user_id, at = known_user(run), run.snapshot.as_of
+    user_id, at = known_user(small_world), small_world.snapshot.as_of
     with RecommenderClient(url) as client:
         answer = client.recommend(user_id, k=5, event_timestamp=at, protocol=protocol)  # type: ignore[arg-type]
         expected = ask(recommender, user_id=user_id, k=5, event_timestamp=at)
@@ -134,11 +104,11 @@ def test_served_package_answers_as_in_process(
 
 
 def test_server_stops_when_it_is_told_to_and_leaves_its_impressions(
-    run: Run, server: tuple[str, subprocess.Popen[str]], impressions: Path, tmp_path: Path
+    small_world: SmallWorld, server: tuple[str, subprocess.Popen[str]], impressions: Path, tmp_path: Path
 ) -> None:
     url, process = server
     with RecommenderClient(url) as client:
-        users, at = (known_user(run), "never seen"), run.snapshot.as_of
+        users, at = (known_user(small_world), "never seen"), small_world.snapshot.as_of
         answers = [client.recommend(u, k=4, event_timestamp=at, request_id=f"shown to {u}") for u in users]
     assert httpx.get(f"{url}/v2/health/ready", trust_env=False).json() == {"ready": True}
     process.send_signal(signal.SIGTERM)
@@ -150,4 +120,4 @@ def test_server_stops_when_it_is_told_to_and_leaves_its_impressions(
         of_request = rows.filter(pc.equal(rows["request_id"], answer.request_id))
         assert of_request["item_id"].to_pylist() == [item.item_id for item in answer.items]
         assert of_request["score"].to_pylist() == [item.probability for item in answer.items]
-    assert check_skew(str(impressions), run.tables, tmp_path / "skew.json").is_clean
+    assert check_skew(str(impressions), small_world.tables, tmp_path / "skew.json").is_clean

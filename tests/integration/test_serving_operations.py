@@ -23,16 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from evergreen.contracts.impressions import read_impressions
-from evergreen.contracts.mapping import Mapping
-from evergreen.contracts.snapshot import Snapshot
-from evergreen.features.tables import build_feature_tables
-from evergreen.ingest.log import ingest_log
 from evergreen.models.package import ModelPackage
 from evergreen.serving.server import listen_on, opener, serving_in_background
 from evergreen.serving.settings import ServeSettings
-from evergreen.simulator.log import SimulatorConfig, simulate_log
-from evergreen.training.dataset import build_training_set
-from evergreen.training.trainer import TrainingConfig, train_model
+from tests.small_world import SmallWorld
 
 PREDICT, READY, LOAD = (
     "/v1/models/evergreen:predict",
@@ -57,23 +51,15 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from evergreen.features.store import FeatureStore
-
-    root = tmp_path_factory.mktemp("run")
-    simulate_log(SimulatorConfig(num_users=60, num_items=50, num_days=8, events_per_day=600, seed=3), root / "log")
-    snapshot: Snapshot = ingest_log(Mapping.load("simulated"), str(root / "log"), root / "snapshot")
-    tables = build_feature_tables(snapshot, root / "feature_tables")
-    store = FeatureStore.create(root / "feature_store", tables)
-    store.materialize(snapshot.as_of)
-    training_set = build_training_set(snapshot, tables, store, root / "training_set")
-    for place, model in enumerate(("deepfm", "dcn_v2")):
-        config = TrainingConfig(model=model, max_epochs=1, export_program=False)
-        train_model(training_set, root / "models" / f"package-{place}", config=config)
-    user = pq.read_table(snapshot.files[-1], columns=["user_id"])["user_id"][-1].as_py()
-    packages = [ModelPackage.load(root / "models" / f"package-{place}") for place in range(2)]
-    instance = {"user_id": user, "k": 5, "context": {"device": "phone"}, "event_timestamp": snapshot.as_of.isoformat()}
-    return Run(root / "feature_store", root / "models", (packages[0].version, packages[1].version), instance)
+def run(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    models = tmp_path_factory.mktemp("models")
+    packages = [small_world.package(model) for model in ("deepfm", "dcn_v2")]
+    for place, package in enumerate(packages):
+        shutil.copytree(package.path, models / f"package-{place}")
+    at = small_world.snapshot.as_of
+    user = pq.read_table(small_world.snapshot.files[-1], columns=["user_id"])["user_id"][-1].as_py()
+    instance = {"user_id": user, "k": 5, "context": {"device": "phone"}, "event_timestamp": at.isoformat()}
+    return Run(small_world.feature_store, models, (packages[0].version, packages[1].version), instance)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import JOIN_KEYS, FeatureTables
@@ -24,15 +25,24 @@ from evergreen.features.engines import SparkEngine, duckdb_engine, spark_engine
 from evergreen.features.leakage import past_of
 from evergreen.features.partitions import build_feature_partitions
 from evergreen.features.point_in_time import join_features
+from evergreen.features.store import CONFIG, FeatureStore
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
 from evergreen.simulator.config import SimulatorConfig
 from evergreen.simulator.log import simulate_log
+from tests.integration.test_feature_store import NOW, RICH, assert_online_is, spine, write_tables
+from tests.servers import RedisServer, redis_server
 
-pytest.importorskip("pyspark", reason="pyspark is not installed: uv sync --extra spark")
+SparkSession = pytest.importorskip("pyspark.sql", reason="pyspark is not installed: uv sync --extra spark").SparkSession
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java, which Spark runs on")
 
 DESKDROP = Path(__file__).resolve().parents[3] / "shared" / "data" / "deskdrop"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with redis_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +130,7 @@ def assert_equal(left: FeatureTables, right: FeatureTables) -> None:
     assert left.manifest.rows == right.manifest.rows
 
 
-@pytest.mark.parametrize("log", ["simulated", "ratings", "deskdrop"])
+@pytest.mark.parametrize("log", ["simulated", "ratings", pytest.param("deskdrop", marks=pytest.mark.heavy)])
 def test_both_engines_give_the_same_values(
     log: str, spark: SparkEngine, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -158,3 +168,21 @@ def test_broken_event_file_is_named(spark: SparkEngine, simulated: Snapshot, tmp
     with pytest.raises(ArtifactError, match="date=2025-01-02"):
         build_feature_partitions(Snapshot.load(broken), tmp_path / "t", engine=spark)
     assert [entry.name for entry in (tmp_path / "t").iterdir()] == [".lock"]
+
+
+def test_store_file_of_a_cluster_gives_the_same_from_spark_and_redis(server: RedisServer, tmp_path: Path) -> None:
+    """Last, for it ends the session of the other tests: Feast starts its own, in the Java machine that is there."""
+    if (session := SparkSession.getActiveSession()) is not None:
+        session.stop()
+    tables = write_tables(tmp_path / "tables", RICH)
+    store = FeatureStore.create(tmp_path / "store", tables, config="feature_store.cluster.yaml")
+    config = yaml.safe_load((store.path / CONFIG).read_text())
+    config["online_store"]["connection_string"] = server.address
+    config["offline_store"]["spark_conf"] |= {"spark.master": "local[1]", "spark.ui.enabled": "false"}
+    config["offline_store"]["spark_conf"] |= {"spark.sql.shuffle.partitions": "1"}
+    (store.path / CONFIG).write_text(yaml.safe_dump(config))
+    store = FeatureStore.open(store.path)
+    store.materialize(NOW)
+    assert_online_is(store, tables, NOW)
+    rows = spine(40)
+    assert store.historical(rows).equals(join_features(rows, tables))

@@ -13,11 +13,14 @@ from evergreen.contracts.errors import LeakageError, TrainingError
 from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.mapping import Mapping
 from evergreen.contracts.snapshot import Snapshot
-from evergreen.contracts.training_set import SPLITS, TrainingSet
+from evergreen.contracts.training_set import ROW_FIELDS, SPLITS, TrainingSet
 from evergreen.features.point_in_time import join_features
+from evergreen.features.request import request_features
+from evergreen.features.store import FeatureStore
 from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
-from evergreen.training.dataset import EMBARGO, NOT_IN_CATALOGUE, REPEAT, build_training_set
+from evergreen.training.dataset import BEFORE_START, BROKEN, EMBARGO, NOT_IN_CATALOGUE, REPEAT, build_training_set
+from tests.joined import Joined
 
 START = datetime(2025, 3, 1, tzinfo=UTC)
 
@@ -34,16 +37,6 @@ category = "topic"
 [context_features]
 device = "categorical"
 """
-
-
-class Joined:
-    """The same values as Feast's, by the join that a test elsewhere holds equal to it, without its import."""
-
-    def __init__(self, tables: FeatureTables) -> None:
-        self._tables = tables
-
-    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
-        return join_features(spine, self._tables)
 
 
 def _log(path: Path, num_rows: int) -> None:
@@ -162,7 +155,7 @@ def test_rows_joined_in_parts_are_those_joined_at_once(
 ) -> None:
     snapshot, tables = log
     whole = build_training_set(snapshot, tables, Joined(tables), tmp_path / "whole")
-    monkeypatch.setattr("evergreen.training.dataset._JOINED_ROWS", 100)
+    monkeypatch.setattr("evergreen.training.dataset._JOINED_ROWS", 700)
     parts = build_training_set(snapshot, tables, Joined(tables), tmp_path / "parts")
     assert parts.manifest.features == whole.manifest.features
     assert parts.manifest.dropped_features == whole.manifest.dropped_features
@@ -173,7 +166,7 @@ def test_rows_joined_in_parts_are_those_joined_at_once(
 
 
 def test_feature_that_changes_only_late_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evergreen.training.dataset._JOINED_ROWS", 50)
+    monkeypatch.setattr("evergreen.training.dataset._JOINED_ROWS", 500)
     _log(tmp_path / "log.parquet", 900)
     mapping = Mapping.load(READING.replace('device = "categorical"', 'late = { column = "late", type = "numeric" }'))
     table = pq.read_table(tmp_path / "log.parquet").sort_by(mapping.timestamp.column)
@@ -183,3 +176,104 @@ def test_feature_that_changes_only_late_is_kept(tmp_path: Path, monkeypatch: pyt
     tables = build_feature_tables(snapshot, tmp_path / "tables")
     built = build_training_set(snapshot, tables, Joined(tables), tmp_path / "set")
     assert "late" in {feature.name for feature in built.manifest.features}
+
+
+def _all_rows(built: TrainingSet, columns: list[str]) -> pa.Table:
+    return pa.concat_tables(built.read(split, columns) for split in SPLITS).combine_chunks()
+
+
+def _names(built: TrainingSet) -> list[str]:
+    """Columns whose values are the rows' own, wherever else rows are left out."""
+    return [name for name in built.read("test").column_names if name != "row_id"]
+
+
+def test_rows_that_are_not_learned_from_are_counted_and_known_to_the_features_of_others(
+    log: tuple[Snapshot, FeatureTables], built: TrainingSet, tmp_path: Path
+) -> None:
+    snapshot, tables = log
+    start, broken = START + timedelta(days=5), (START + timedelta(days=9), START + timedelta(days=11))
+    overlapping = [broken, (START + timedelta(days=10), START + timedelta(days=12)), (START, START + timedelta(days=6))]
+    cut = build_training_set(
+        snapshot, tables, Joined(tables), tmp_path / "cut", seed=1, start=start, leave_out=overlapping
+    )
+    names = _names(cut)
+    whole = _all_rows(built, names)
+    at = whole["event_timestamp"].to_numpy()
+    early = at < np.datetime64(start.replace(tzinfo=None))
+    inside = np.zeros(len(at), dtype=bool)
+    for first, end in overlapping:
+        inside |= (at >= np.datetime64(first.replace(tzinfo=None))) & (at < np.datetime64(end.replace(tzinfo=None)))
+    assert _all_rows(cut, names).equals(whole.filter(pa.array(~early & ~inside)))
+    left_out = cut.manifest.left_out
+    assert (left_out[BEFORE_START], left_out[BROKEN]) == (early.sum(), (inside & ~early).sum())
+    assert {NOT_IN_CATALOGUE, REPEAT} < left_out.keys() and BEFORE_START not in built.manifest.left_out
+    assert _all_rows(cut, names).num_rows + left_out[BEFORE_START] + left_out[BROKEN] == whole.num_rows
+
+
+def test_nothing_left_out_is_no_reason_in_the_manifest(
+    log: tuple[Snapshot, FeatureTables], built: TrainingSet, tmp_path: Path
+) -> None:
+    snapshot, tables = log
+    elsewhere = [(START - timedelta(days=9), START - timedelta(days=2))]
+    again = build_training_set(
+        snapshot, tables, Joined(tables), tmp_path / "again", seed=1, start=START, leave_out=elsewhere
+    )
+    assert again.manifest == built.manifest
+
+
+def test_splits_of_spans_reach_past_a_broken_day(tmp_path: Path) -> None:
+    _log(tmp_path / "log.parquet", 1200)
+    mapping = Mapping.load(READING + '[split]\nvalidation_span = "1d"\ntest_span = "1d"\n')
+    as_of = START + timedelta(days=20)
+    snapshot = ingest_log(mapping, str(tmp_path / "log.parquet"), tmp_path / "snapshot", as_of=as_of)
+    tables = build_feature_tables(snapshot, tmp_path / "tables")
+    yesterday = (START + timedelta(days=19), as_of)
+    built = build_training_set(snapshot, tables, Joined(tables), tmp_path / "set", leave_out=[yesterday])
+    starts = [built.manifest.splits[split].start for split in SPLITS[1:]]
+    assert starts == [START + timedelta(days=17), START + timedelta(days=18)]
+    assert all(built.read(split).num_rows for split in SPLITS)
+    assert pc.max(built.read("test")["event_timestamp"]).as_py() < yesterday[0]
+
+
+def test_rows_of_a_daily_batch_know_what_was_known_at_midnight(
+    log: tuple[Snapshot, FeatureTables], built: TrainingSet, tmp_path: Path
+) -> None:
+    snapshot, tables = log
+    store = FeatureStore.create(tmp_path / "store", tables)
+    batch = build_training_set(snapshot, tables, store, tmp_path / "batch", seed=1, batch=timedelta(days=1))
+    keys = [field.name for field in ROW_FIELDS]
+    rows = _all_rows(batch, keys)
+    times = rows["event_timestamp"]
+    midnight = pc.floor_temporal(times, unit="day")
+    categories = [f"t{int(item[1:]) % 5}" for item in rows["item_id"].to_pylist()]
+    spine = rows.select(["user_id", "item_id"]).append_column("category", pa.array(categories))
+    # By the other join: all of the evening before, but for how long ago that is.
+    stored = join_features(spine.append_column("event_timestamp", midnight), tables)
+    now = request_features(times, stored)
+    features = [f.name for f in batch.manifest.features if f.name not in (*keys, "device")]
+    found = _all_rows(batch, features)
+    assert len(features) > 15 and set(now.column_names) & set(features)
+    for name in features:
+        expected = now[name] if name in now.column_names else stored[name]
+        assert found[name].to_pylist() == expected.to_pylist(), name
+    known = store.historical(spine.append_column("event_timestamp", times), known_at=midnight.combine_chunks())
+    assert found.equals(known.select(features).combine_chunks()), "the store gives it, asked for that moment"
+
+    streamed = _all_rows(built, [*keys, *features])
+    assert streamed.select(keys).equals(rows), "the rows are the same"
+    assert found["user_events_7d"] != streamed["user_events_7d"]
+    longer = pc.subtract(found["user_recency_seconds"], streamed["user_recency_seconds"])
+    assert pc.min(longer).as_py() == 0 and pc.max(longer).as_py() > 3_600, "what has happened since is not known"
+
+
+def test_rows_of_an_hourly_batch_know_more_than_those_of_a_daily_one(
+    log: tuple[Snapshot, FeatureTables], tmp_path: Path
+) -> None:
+    snapshot, tables = log
+    store = FeatureStore.create(tmp_path / "store", tables)
+    events = {}
+    for hours in (1, 24):
+        out = tmp_path / f"{hours}"
+        batch = build_training_set(snapshot, tables, store, out, seed=1, batch=timedelta(hours=hours))
+        events[hours] = _all_rows(batch, ["user_events_7d"])["user_events_7d"].fill_null(0).to_numpy()
+    assert events[1].sum() > events[24].sum()

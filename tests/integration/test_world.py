@@ -17,8 +17,6 @@ from click.testing import CliRunner
 from evergreen.cli import cli
 from evergreen.contracts.impressions import read_impressions
 from evergreen.contracts.mapping import Mapping
-from evergreen.features.store import FeatureStore
-from evergreen.features.tables import build_feature_tables
 from evergreen.ingest.log import ingest_log
 from evergreen.monitoring.outcomes import join_outcomes
 from evergreen.serving.impression_sinks import open_sink
@@ -28,14 +26,10 @@ from evergreen.serving.schema import RankingRequest
 from evergreen.serving.server import opener, serving_in_background
 from evergreen.serving.settings import ServeSettings
 from evergreen.simulator.asking import Ask, Served
-from evergreen.simulator.config import SimulatorConfig
 from evergreen.simulator.days import live_day, read_summaries
-from evergreen.simulator.log import simulate_log
 from evergreen.simulator.visits import VisitPlan, Visits
-from evergreen.training.dataset import build_training_set
-from evergreen.training.trainer import TrainingConfig, train_model
+from tests.small_world import CONFIG, SmallWorld
 
-CONFIG = SimulatorConfig(num_users=60, num_items=50, num_days=8, events_per_day=600, seed=3, click_rate=0.1)
 MAPPING = Mapping.load("simulated")
 
 
@@ -52,28 +46,21 @@ class Lived:
 
 
 @pytest.fixture(scope="module")
-def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
+def lived(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
     root = tmp_path_factory.mktemp("world")
-    simulate_log(CONFIG, root / "log")
-    snapshot = ingest_log(MAPPING, str(root / "log"), root / "snapshot")
-    tables = build_feature_tables(snapshot, root / "feature_tables")
-    store = FeatureStore.create(root / "feature_store", tables)
-    store.materialize(snapshot.as_of)
-    training_set = build_training_set(snapshot, tables, store, root / "training_set")
-    config = TrainingConfig(model="logistic_regression", max_epochs=1, export_program=False)
-    train_model(training_set, root / "model", config=config)
+    log, model = small_world.log, small_world.package("logistic_regression").path
     settings = ServeSettings.of(
-        model=root / "model", feature_store=root / "feature_store", host="127.0.0.1", port=0, deadline_ms=20_000
+        model=model, feature_store=small_world.feature_store, host="127.0.0.1", port=0, deadline_ms=20_000
     )
     with (
         ImpressionLog(open_sink(str(root / "impressions"))) as impressions,
         serving_in_background(settings, opener(settings, None, impressions)) as server,
     ):
-        arguments = ["simulate", "world", "--url", server.url, "--log", str(root / "log"), "--out", str(root / "world")]
+        arguments = ["simulate", "world", "--url", server.url, "--log", str(log), "--out", str(root / "world")]
         arguments += ["--requests-per-day", "150", "--k", "6", "--days"]
         results = [CliRunner().invoke(cli, [*arguments, days], catch_exceptions=False) for days in ("2", "3")]
     output = (results[0].output, results[1].output)
-    yield Lived(root / "log", root / "model", root / "feature_store", root / "world", str(root / "impressions"), output)
+    yield Lived(log, model, small_world.feature_store, root / "world", str(root / "impressions"), output)
 
 
 def _read(lived: Lived, kind: str) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,25 @@ from sklearn.metrics import roc_auc_score
 
 from evergreen.contracts.training_set import ColumnKind, TrainingSet
 from evergreen.models.package import ModelPackage
+from evergreen.monitoring.importance import permutation_importance
 from evergreen.training.trainer import TrainingConfig, train_model
 
+Train = Callable[[TrainingSet, str], ModelPackage]
 
-def train(training_set: TrainingSet, out: Path, model: str, **settings: object) -> ModelPackage:
-    config = TrainingConfig(model=model, export_program=False, **settings)
-    return train_model(training_set, out / model, config=config)
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """A trained model; what several tests look at is trained once."""
+    packages: dict[tuple[Path, str], ModelPackage] = {}
+
+    def trained(training_set: TrainingSet, model: str) -> ModelPackage:
+        key = (training_set.path, model)
+        if key not in packages:
+            config = TrainingConfig(model=model, export_program=False)
+            packages[key] = train_model(training_set, tmp_path_factory.mktemp(model) / "package", config=config)
+        return packages[key]
+
+    return trained
 
 
 def auc_on_test_rows(package: ModelPackage, training_set: TrainingSet) -> float:
@@ -26,20 +40,25 @@ def auc_on_test_rows(package: ModelPackage, training_set: TrainingSet) -> float:
 
 @pytest.mark.parametrize("model", ["factorization_machine", "deepfm"])
 def test_products_of_features_are_learned_by_models_that_multiply(
-    model: str, interaction_set: TrainingSet, tmp_path: Path
+    model: str, interaction_set: TrainingSet, train: Train
 ) -> None:
-    assert auc_on_test_rows(train(interaction_set, tmp_path, model), interaction_set) > 0.75
+    assert auc_on_test_rows(train(interaction_set, model), interaction_set) > 0.75
 
 
-def test_logistic_regression_cannot_learn_products(interaction_set: TrainingSet, tmp_path: Path) -> None:
-    assert auc_on_test_rows(train(interaction_set, tmp_path, "logistic_regression"), interaction_set) < 0.56
+def test_features_that_tell_something_weigh_and_noise_does_not(interaction_set: TrainingSet, train: Train) -> None:
+    package = train(interaction_set, "factorization_machine")
+    weights = permutation_importance(package, interaction_set.read("validation")).weights
+    assert weights.keys() == {"user_id", "item_id", "noise"}
+    assert weights["noise"] < 0.05 < min(weights["user_id"], weights["item_id"])
+
+
+def test_logistic_regression_cannot_learn_products(interaction_set: TrainingSet, train: Train) -> None:
+    assert auc_on_test_rows(train(interaction_set, "logistic_regression"), interaction_set) < 0.56
 
 
 @pytest.mark.parametrize("model", ["logistic_regression", "factorization_machine", "deepfm"])
-def test_linear_signal_is_learned_as_well_as_by_scikit_learn(
-    model: str, linear_set: TrainingSet, tmp_path: Path
-) -> None:
-    package = train(linear_set, tmp_path, model)
+def test_linear_signal_is_learned_as_well_as_by_scikit_learn(model: str, linear_set: TrainingSet, train: Train) -> None:
+    package = train(linear_set, model)
     train_rows, test_rows = (package.encoder.transform(linear_set.read(split)) for split in ("train", "test"))
     num_rows = package.encoder.spec.num_embeddings
 
@@ -57,9 +76,9 @@ def test_linear_signal_is_learned_as_well_as_by_scikit_learn(
 
 @pytest.mark.parametrize("model", ["popularity", "logistic_regression", "factorization_machine", "deepfm"])
 def test_mean_probability_is_the_click_rate_of_validation_rows(
-    model: str, linear_set: TrainingSet, tmp_path: Path
+    model: str, linear_set: TrainingSet, train: Train
 ) -> None:
-    package = train(linear_set, tmp_path, model)
+    package = train(linear_set, model)
     rows = linear_set.read("validation")
     predicted = package.predict(rows)
     assert predicted.min() >= 0
@@ -67,8 +86,8 @@ def test_mean_probability_is_the_click_rate_of_validation_rows(
     assert predicted.mean() == pytest.approx(rows["label"].to_numpy().mean(), rel=0.02)
 
 
-def test_popularity_picks_the_window_that_tells_most(linear_set: TrainingSet, tmp_path: Path) -> None:
-    package = train(linear_set, tmp_path, "popularity")
+def test_popularity_picks_the_window_that_tells_most(linear_set: TrainingSet, train: Train) -> None:
+    package = train(linear_set, "popularity")
     assert package.metrics["chosen"] == "item_positives_7d"
     rows = linear_set.read("test")
     column = rows["item_positives_7d"].to_numpy(zero_copy_only=False)
@@ -77,18 +96,18 @@ def test_popularity_picks_the_window_that_tells_most(linear_set: TrainingSet, tm
 
 
 def test_popularity_without_item_activity_answers_with_the_base_rate(
-    interaction_set: TrainingSet, tmp_path: Path
+    interaction_set: TrainingSet, train: Train
 ) -> None:
-    package = train(interaction_set, tmp_path, "popularity")
+    package = train(interaction_set, "popularity")
     assert package.metrics["chosen"] is None
     assert np.ptp(package.predict(interaction_set.read("test"))) == 0
 
 
 @pytest.mark.parametrize("model", ["popularity", "logistic_regression", "factorization_machine", "deepfm"])
 def test_ratings_are_predicted_better_than_by_their_mean_and_within_range(
-    model: str, rating_set: TrainingSet, tmp_path: Path
+    model: str, rating_set: TrainingSet, train: Train
 ) -> None:
-    package = train(rating_set, tmp_path, model)
+    package = train(rating_set, model)
     rows = rating_set.read("test")
     label, predicted = rows["label"].to_numpy(), package.predict(rows)
     assert np.sqrt(np.square(predicted - label).mean()) < 0.85 * label.std()
@@ -97,7 +116,7 @@ def test_ratings_are_predicted_better_than_by_their_mean_and_within_range(
     assert predicted.max() <= 5
 
 
-def test_user_history_ranks_items_for_users_that_training_never_saw(make_training_set, tmp_path: Path) -> None:
+def test_user_history_ranks_items_for_users_that_training_never_saw(make_training_set, train: Train) -> None:
     rng = np.random.default_rng(3)
     num_rows, num_items = 24_000, 40
     camp = rng.integers(2, size=num_rows)
@@ -114,4 +133,4 @@ def test_user_history_ranks_items_for_users_that_training_never_saw(make_trainin
         },
     )
     best = 0.715  # of the true probabilities
-    assert auc_on_test_rows(train(training_set, tmp_path, "factorization_machine"), training_set) > best - 0.02
+    assert auc_on_test_rows(train(training_set, "factorization_machine"), training_set) > best - 0.02

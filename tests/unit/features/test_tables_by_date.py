@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -71,6 +72,18 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DuckDBEngine]:
 def whole(log: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> FeatureTables:
     """The same features, one file a table."""
     return build_feature_tables(log, tmp_path_factory.mktemp("whole") / "tables")
+
+
+@pytest.fixture(scope="module")
+def built(log: Snapshot, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> FeatureTables:
+    """The same features by date. Tests that change them take `by_date`."""
+    return build_feature_partitions(log, tmp_path_factory.mktemp("built") / "tables", engine=engine)
+
+
+@pytest.fixture
+def by_date(built: FeatureTables, tmp_path: Path) -> Path:
+    """A copy."""
+    return Path(shutil.copytree(built.path, tmp_path / "by_date"))
 
 
 def rows(tables: FeatureTables, name: str, first: date = FIRST, last: date = LAST) -> pa.Table:
@@ -143,10 +156,9 @@ def broken_run(log: Snapshot, out: Path, spill: Path, action: str, first: date =
 
 
 def test_partitions_hold_the_rows_of_the_single_files_each_on_its_date(
-    log: Snapshot, engine: Engine, whole: FeatureTables, tmp_path: Path
+    built: FeatureTables, whole: FeatureTables
 ) -> None:
-    built = build_feature_partitions(log, tmp_path / "tables", engine=engine)
-    tables = FeatureTables.load(tmp_path / "tables")
+    tables = FeatureTables.load(built.path)
     assert tables.manifest == built.manifest
     assert tables.manifest.partitions == DateRange(first=FIRST, last=LAST)
     assert_equal(tables, whole)
@@ -173,15 +185,14 @@ def test_range_does_not_know_the_days_after_it(log: Snapshot, engine: Engine, tm
     check_point_in_time(log, build(log, tmp_path / "t"), build=build, cut=START + timedelta(days=3))
 
 
-def test_rerun_replaces_exactly_its_dates(log: Snapshot, engine: Engine, tmp_path: Path) -> None:
-    build_feature_partitions(log, tmp_path, engine=engine)
-    before = files(tmp_path)
+def test_rerun_replaces_exactly_its_dates(log: Snapshot, engine: Engine, by_date: Path) -> None:
+    before = files(by_date)
     for name in JOIN_KEYS:
-        stale = tmp_path / f"{name}.parquet" / f"date={day(2)}" / "part-of-an-older-run.parquet"
+        stale = by_date / f"{name}.parquet" / f"date={day(2)}" / "part-of-an-older-run.parquet"
         stale.parent.mkdir(exist_ok=True)
-        pq.write_table(rows(FeatureTables.load(tmp_path), name).slice(0, 1), stale)
-    build_feature_partitions(log, tmp_path, engine=engine, first=day(2), last=day(3))
-    after = files(tmp_path)
+        pq.write_table(rows(FeatureTables.load(by_date), name).slice(0, 1), stale)
+    build_feature_partitions(log, by_date, engine=engine, first=day(2), last=day(3))
+    after = files(by_date)
     assert {name: content for name, (_, content) in after.items()} == {n: content for n, (_, content) in before.items()}
     renewed = {name for name, (inode, _) in after.items() if inode != before[name][0]}
     in_range = {name for name in before if f"date={day(2)}" in name or f"date={day(3)}" in name}
@@ -203,29 +214,27 @@ def test_tables_are_refused_until_every_date_is_there(
 
 
 def test_full_disk_leaves_the_old_partitions(
-    log: Snapshot, engine: Engine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    log: Snapshot, by_date: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    build_feature_partitions(log, tmp_path, engine=engine)
-    before = files(tmp_path)
+    before = files(by_date)
     full = WRITING.format("item_activity", "disk_is_full")
-    status, said = broken_run(log, tmp_path, tmp_path_factory.mktemp("child") / "spill", full)
+    status, said = broken_run(log, by_date, tmp_path_factory.mktemp("child") / "spill", full)
     assert (status, "item_activity cannot be computed: DuckDB says: [Errno 27] " in said) == (1, True), said
-    assert files(tmp_path) == before
-    assert [p.name for p in tmp_path.glob(".*")] == [".lock"]
-    FeatureTables.load(tmp_path)
+    assert files(by_date) == before
+    assert [p.name for p in by_date.glob(".*")] == [".lock"]
+    FeatureTables.load(by_date)
 
 
 def test_run_killed_while_it_computes_changes_nothing(
-    log: Snapshot, engine: Engine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    log: Snapshot, engine: Engine, by_date: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    build_feature_partitions(log, tmp_path, engine=engine)
-    before = files(tmp_path)
+    before = files(by_date)
     dies = WRITING.format("user_profile", "dies")
-    assert broken_run(log, tmp_path, tmp_path_factory.mktemp("child") / "spill", dies)[0] == 9
-    assert files(tmp_path) == before
-    assert list(tmp_path.glob(".partial-*"))
-    build_feature_partitions(log, tmp_path, engine=engine, first=day(5))
-    assert not list(tmp_path.glob(".partial-*"))
+    assert broken_run(log, by_date, tmp_path_factory.mktemp("child") / "spill", dies)[0] == 9
+    assert files(by_date) == before
+    assert list(by_date.glob(".partial-*"))
+    build_feature_partitions(log, by_date, engine=engine, first=day(5))
+    assert not list(by_date.glob(".partial-*"))
 
 
 def test_run_killed_while_it_replaces_is_noticed_and_mended(
@@ -243,19 +252,20 @@ def test_run_killed_while_it_replaces_is_noticed_and_mended(
 
 
 def test_tables_of_something_else_are_not_touched(
-    log: Snapshot, engine: Engine, whole: FeatureTables, write_snapshot: WriteSnapshot, tmp_path: Path
+    log: Snapshot, engine: Engine, whole: FeatureTables, write_snapshot: WriteSnapshot, by_date: Path
 ) -> None:
-    build_feature_partitions(log, tmp_path / "t", engine=engine)
-    before = files(tmp_path / "t")
+    before = files(by_date)
     other = write_snapshot(log.mapping, [{"event_timestamp": START, "user_id": "u", "clicked": True}])
     with pytest.raises(ArtifactError, match=f"holds features of snapshot {log.id[:12]} .* not of {other.id[:12]}"):
-        build_feature_partitions(other, tmp_path / "t", engine=engine)
-    assert files(tmp_path / "t") == before
+        build_feature_partitions(other, by_date, engine=engine)
+    assert files(by_date) == before
     with pytest.raises(ArtifactError, match="one file each and have no partitions"):
         build_feature_partitions(log, whole.path, engine=engine)
-    (tmp_path / "notes.txt").touch()
+    shutil.rmtree(by_date)
+    by_date.mkdir()
+    (by_date / "notes.txt").touch()
     with pytest.raises(ArtifactError, match=r"holds notes.txt and no manifest.json: choose an empty folder"):
-        build_feature_partitions(log, tmp_path, engine=engine)
+        build_feature_partitions(log, by_date, engine=engine)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +303,8 @@ def test_table_without_rows_keeps_its_columns(write_snapshot: WriteSnapshot, eng
         assert rows(tables, name).num_rows == 0
 
 
-def test_join_does_not_care_how_tables_are_laid_out(
-    log: Snapshot, engine: Engine, whole: FeatureTables, tmp_path: Path
-) -> None:
+def test_join_does_not_care_how_tables_are_laid_out(log: Snapshot, built: FeatureTables, whole: FeatureTables) -> None:
     spine = ds.dataset(log.files, format="parquet").to_table(
         columns=["event_timestamp", "user_id", "item_id", "category"]
     )
-    tables = build_feature_partitions(log, tmp_path, engine=engine)
-    assert join_features(spine, tables).equals(join_features(spine, whole))
+    assert join_features(spine, built).equals(join_features(spine, whole))
