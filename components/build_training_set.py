@@ -11,6 +11,9 @@ from components.image import PIPELINE_IMAGE
 def build_training_set(
     snapshot: dsl.Input[dsl.Dataset],
     feature_tables: dsl.Input[dsl.Dataset],
+    start: str,
+    leave_out: list,
+    batch_hours: float,
     seed: int,
     training_set: dsl.Output[dsl.Dataset],
 ) -> NamedTuple("Outputs", [("usage", dict)]):
@@ -19,11 +22,16 @@ def build_training_set(
     Args:
         snapshot: the log.
         feature_tables: its feature tables.
+        start: ISO 8601 time; earlier rows are not learned from, features know them all the same. Empty: all rows.
+        leave_out: half-open ranges of time, ISO 8601 pairs, in which the data was broken.
+        batch_hours: how often the features that serve are materialized, from midnight (UTC) on: rows then know what the
+            server knew. 0: features are streamed.
         seed: of the drawn negatives, for a log of interactions only.
         training_set: the three splits.
     """
     import tempfile
     from collections import namedtuple
+    from datetime import datetime, timedelta
     from pathlib import Path
 
     from evergreen.contracts.feature_tables import FeatureTables
@@ -40,6 +48,9 @@ def build_training_set(
             FeatureStore.create(Path(repository) / "feature_store", tables),
             Path(training_set.path),
             seed=seed,
+            start=datetime.fromisoformat(start) if start else None,
+            leave_out=[(datetime.fromisoformat(first), datetime.fromisoformat(end)) for first, end in leave_out],
+            batch=timedelta(hours=batch_hours) if batch_hours else None,
         )
     for split, info in result.manifest.splits.items():
         training_set.metadata[f"{split}_rows"] = info.rows

@@ -18,6 +18,76 @@ from evergreen.models.registry import MODEL_NAMES
 MODELS = list(MODEL_NAMES)
 
 
+class FeatureSteps(NamedTuple):
+    """Channels that a pipeline gets from `feature_steps`."""
+
+    ingested: dsl.PipelineTask
+    filtered: dsl.PipelineTask
+    features: dsl.PipelineTask
+
+
+class ModelSteps(NamedTuple):
+    """Channels that a pipeline gets from `model_steps`."""
+
+    training_set: dsl.PipelineTask
+    train_usages: dsl.Collected
+    evaluated: dsl.PipelineTask
+
+
+def feature_steps(
+    *, mapping: str, data: str, as_of: str, test_hours: float, check_leakage: bool, false_positive_share: float
+) -> FeatureSteps:
+    """From a log to features: what training needs, and what serving needs with every window.
+
+    Called while a pipeline is described; the arguments are its parameters.
+    """
+    ingested = ingest_log(mapping=mapping, data=data, as_of=as_of, test_hours=test_hours)
+    filtered = filter_events(snapshot=ingested.outputs["snapshot"], false_positive_share=false_positive_share)
+    features = build_feature_tables(snapshot=filtered.outputs["filtered"], check_leakage=check_leakage)
+    return FeatureSteps(ingested, filtered, features)
+
+
+def model_steps(
+    *,
+    snapshot: dsl.Dataset,
+    feature_tables: dsl.Dataset,
+    models: list,
+    latency_budget_ms: float,
+    seed: int,
+    start: str,
+    leave_out: list,
+    changed_at: str,
+    batch_hours: float,
+    incumbent: dsl.Model | None = None,
+) -> ModelSteps:
+    """From features to the best model: the trainer, on its own and inside the monitoring pipeline.
+
+    Called while a pipeline is described, like `feature_steps`. For `start`, `leave_out`, `changed_at`, `batch_hours`
+    and `incumbent` see the steps `build_training_set` and `train_model`.
+    """
+    built = build_training_set(
+        snapshot=snapshot,
+        feature_tables=feature_tables,
+        seed=seed,
+        start=start,
+        leave_out=leave_out,
+        batch_hours=batch_hours,
+    )
+    rows = built.outputs["training_set"]
+    with dsl.ParallelFor(models, parallelism=2) as model:
+        given = {"incumbent": incumbent} if incumbent is not None else {}
+        trained = train_model(training_set=rows, model=model, seed=seed, changed_at=changed_at, **given)
+    evaluated = evaluate_models(
+        snapshot=snapshot,
+        feature_tables=feature_tables,
+        training_set=rows,
+        packages=dsl.Collected(trained.outputs["package"]),
+        latency_budget_ms=latency_budget_ms,
+        seed=seed,
+    )
+    return ModelSteps(built, dsl.Collected(trained.outputs["usage"]), evaluated)
+
+
 class TrainingOutputs(NamedTuple):
     """What the training pipeline leaves behind."""
 
@@ -40,6 +110,7 @@ def training_pipeline(
     seed: int = 0,
     check_leakage: bool = True,
     false_positive_share: float = 0.005,
+    feature_batch_hours: float = 0.0,
 ) -> TrainingOutputs:
     """Train all models on a log up to `as_of` and choose the champion.
 
@@ -52,24 +123,29 @@ def training_pipeline(
         seed: of everything drawn at random.
         check_leakage: prove on this log that no feature knows its future; half of the feature building again.
         false_positive_share: share of people whom the filter of events may take for bots; 0: only what rules catch.
+        feature_batch_hours: how often the features that serve will be materialized; 0: they are streamed.
     """
-    ingested = ingest_log(mapping=mapping, data=data, as_of=as_of)
-    filtered = filter_events(snapshot=ingested.outputs["snapshot"], false_positive_share=false_positive_share)
-    snapshot = filtered.outputs["filtered"]
-    features = build_feature_tables(snapshot=snapshot, check_leakage=check_leakage)
-    tables = features.outputs["feature_tables"]
-    built = build_training_set(snapshot=snapshot, feature_tables=tables, seed=seed)
-    rows = built.outputs["training_set"]
-    with dsl.ParallelFor(models, parallelism=2) as model:
-        trained = train_model(training_set=rows, model=model, seed=seed)
-    evaluated = evaluate_models(
+    ingested, filtered, features = feature_steps(
+        mapping=mapping,
+        data=data,
+        as_of=as_of,
+        test_hours=0.0,
+        check_leakage=check_leakage,
+        false_positive_share=false_positive_share,
+    )
+    snapshot, tables = filtered.outputs["filtered"], features.outputs["feature_tables"]
+    built, train_usages, evaluated = model_steps(
         snapshot=snapshot,
         feature_tables=tables,
-        training_set=rows,
-        packages=dsl.Collected(trained.outputs["package"]),
+        models=models,
         latency_budget_ms=latency_budget_ms,
         seed=seed,
+        start="",
+        leave_out=[],
+        changed_at="",
+        batch_hours=feature_batch_hours,
     )
+    rows = built.outputs["training_set"]
     drift = report_drift(training_set=rows, seed=seed)
     materialized = materialize_features(feature_tables=tables, as_of=ingested.outputs["as_of"])
     summarized = summarize_run(
@@ -80,7 +156,7 @@ def training_pipeline(
         filter_usage=filtered.outputs["usage"],
         feature_tables_usage=features.outputs["usage"],
         training_set_usage=built.outputs["usage"],
-        training_usages=dsl.Collected(trained.outputs["usage"]),
+        training_usages=train_usages,
         evaluation_usage=evaluated.outputs["usage"],
         drift_usage=drift.outputs["usage"],
         materialize_usage=materialized.outputs["usage"],

@@ -15,15 +15,18 @@ from evergreen.contracts.errors import EvergreenError
 
 _COMMANDS = {
     "run": "evergreen.cli.run:run",
+    "demo": "evergreen.cli.demo:demo",
     "filter": "evergreen.cli.filter:filter_command",
     "features": "evergreen.cli.features:features",
     "stream": "evergreen.cli.stream:stream",
     "train": "evergreen.cli.train:train",
+    "policy": "evergreen.cli.policy:policy",
     "compile": "evergreen.cli.compile:compile_pipelines",
     "simulate": "evergreen.cli.simulate:simulate",
     "serve": "evergreen.cli.serve:serve",
     "recommend": "evergreen.cli.recommend:recommend",
     "release": "evergreen.cli.release:release",
+    "monitor": "evergreen.cli.monitor:monitor",
     "skew": "evergreen.cli.skew:skew",
 }
 

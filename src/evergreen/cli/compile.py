@@ -15,9 +15,11 @@ def compile_pipelines(out: Path) -> None:
     """Compile the pipelines for a Kubeflow Pipelines server."""
     from kfp import compiler
 
+    from pipelines.monitoring import monitoring_pipeline
     from pipelines.training import training_pipeline
 
     out.mkdir(parents=True, exist_ok=True)
-    target = out / "training.yaml"
-    compiler.Compiler().compile(training_pipeline, str(target))
-    click.echo(f"{target}")
+    for name, pipeline in (("training", training_pipeline), ("monitoring", monitoring_pipeline)):
+        target = out / f"{name}.yaml"
+        compiler.Compiler().compile(pipeline, str(target))
+        click.echo(f"{target}")

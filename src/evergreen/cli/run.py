@@ -27,6 +27,13 @@ _MARKER = ".evergreen-run"
 @click.option("--as-of", type=INSTANT, default=None, help="Read the log up to this time only.  [default: all of it]")
 @click.option("--models", default=None, help="Comma-separated names.  [default: all models]")
 @click.option("--latency-budget-ms", type=click.FloatRange(min=0, min_open=True), default=50.0, show_default=True)
+@click.option(
+    "--feature-batch-hours",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="How often serving features are made; 0: streamed.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--ask/--no-ask", default=True, show_default=True, help="Serve the champion and ask it at the end.")
 def run(
@@ -36,6 +43,7 @@ def run(
     as_of: datetime | None,
     models: str | None,
     latency_budget_ms: float,
+    feature_batch_hours: float,
     seed: int,
     ask: bool,
 ) -> None:
@@ -56,8 +64,9 @@ def run(
         "mapping": mapping_reference if mapping_reference in Mapping.shipped() else mapping_text(mapping_reference),
         "data": data if "://" in data else str(Path(data).resolve()),
         "as_of": as_of.isoformat() if as_of else "",
-        "models": _model_names(models, MODELS),
+        "models": model_names(models, MODELS),
         "latency_budget_ms": latency_budget_ms,
+        "feature_batch_hours": feature_batch_hours,
         "seed": seed,
     }
     _claim(out)
@@ -88,7 +97,8 @@ def mapping_text(reference: str) -> str:
         return str(file.read()) + "\n"
 
 
-def _model_names(chosen: str | None, known: list[str]) -> list[str]:
+def model_names(chosen: str | None, known: list[str]) -> list[str]:
+    """Names of an option, comma-separated; all that are known where it is not given."""
     names = [name.strip() for name in chosen.split(",") if name.strip()] if chosen else list(known)
     for name in names:
         if name not in known:

@@ -101,7 +101,10 @@ class DecisionConfig(JsonModel):
     rollback_effect: float = Field(default=0.05, gt=0, lt=1)
     """Relative loss of click rate against the model before, when both served in the same hours …"""
     rollback_effect_apart: float = Field(default=0.2, gt=0, lt=1)
-    """… and when they did not: from a weekday to a weekend the click rate alone moves by a tenth and more."""
+    """… and when they did not: from a weekday to a weekend the click rate alone moves by a tenth and more. It may
+    be the world even then, so …"""
+    rollback_effect_replayed: float = Field(default=0.05, gt=0, lt=1)
+    """… the model before must also be better by so much, in normalized entropy, on what the new one has shown."""
 
     # Has the model become worse?
     min_rows: int = Field(default=1000, ge=1)
@@ -118,8 +121,9 @@ class DecisionConfig(JsonModel):
     there; a change of taste gives a third and more."""
     quality_windows: int = Field(default=2, ge=1)
     """Windows in a row in which quality must be worse: one bad day is not worth a training."""
-    severe_factor: float = Field(default=2.5, ge=1)
-    """… unless the whole interval lies beyond so many times the effect: then one window is enough."""
+    severe_factor: float = Field(default=10.0, ge=1)
+    """… unless the whole interval lies beyond so many times the effect: then one window is enough. A day may be harder
+    than others by a tenth; when people's tastes turn, normalized entropy all but doubles."""
     season: timedelta = timedelta(days=7)
     """What was raised one season ago, and was gone in between, comes and goes: retraining is not the answer."""
 

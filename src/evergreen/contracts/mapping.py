@@ -186,6 +186,11 @@ class Split(_Frozen):
 
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     test_fraction: float = Field(default=0.15, gt=0, lt=0.5)
+    validation_span: Duration | None = None
+    """How much time the validation split covers, in the place of its fraction: a model that is trained again and again
+    is chosen on what is newest, however long a history it learns from."""
+    test_span: Duration | None = None
+    """Likewise of the test split."""
     attribution_window: Duration = timedelta(0)
     """How long after an event its label may still change. It is the embargo between splits, and features count a
     label only after it."""

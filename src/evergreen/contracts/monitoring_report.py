@@ -21,7 +21,7 @@ class DriftStatus(StrEnum):
 
     UNKNOWN = "unknown"  # too few rows or users to tell
     STABLE = "stable"
-    DRIFTED = "drifted"  # unlike the training data, and unlike the same weekday where that is known
+    DRIFTED = "drifted"  # unlike the training data, and unlike the same weekday and the first days in service if known
     SEASONAL = "seasonal"  # unlike the training data as a whole, but as the same weekday was in it
 
 
@@ -69,12 +69,18 @@ class ColumnDrift(JsonModel):
     """Of the known numbers; null for categories."""
     missing_share: float
     against: dict[str, Comparison]
-    """By reference: "training" and, where there is one, "same_weekday"."""
+    """By reference: "training" and, where there are such, "same_weekday" and "in_service"."""
+
+    @property
+    def main(self) -> Comparison:
+        """With the model's first days in service where they can tell, or else with the training data."""
+        in_service = self.against.get("in_service")
+        return in_service if in_service is not None and in_service.aspects else self.against["training"]
 
     @property
     def effect(self) -> float:
-        """Largest effect against the training data in units of its threshold; 0 where nothing was compared."""
-        tests = self.against["training"].aspects.values()
+        """Largest effect of `main` in units of its threshold; 0 where nothing was compared."""
+        tests = self.main.aspects.values()
         return max((abs(test.effect) / test.threshold for test in tests), default=0.0)
 
 

@@ -71,6 +71,9 @@ class Comparison(JsonModel):
     against_rows: int
     click_rate_change: Estimate
     """Click rate relative to that of `against`: -0.1 is a tenth fewer clicks."""
+    replayed_change: Estimate | None = None
+    """Normalized entropy of `against` relative to this model's, on what this one has shown and at the level of clicks
+    there: -0.1 says that `against` would have ordered it a tenth better. None: not asked for."""
 
     def turned_around(self) -> Comparison:
         """The same from the other's side."""

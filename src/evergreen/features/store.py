@@ -126,12 +126,14 @@ class FeatureStore:
             _replace(tables.path / name, self.tables.path / name)
         return FeatureStore.open(self.path)
 
-    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
+    def historical(self, spine: pa.Table, service: str = "ranker_v1", *, known_at: pa.Array | None = None) -> pa.Table:
         """Features as known at each row's time, by Feast's `get_historical_features`.
 
         Args:
             spine: rows with event_timestamp, user_id, item_id and category; keys may be null. Anything else is kept.
             service: name of a feature service.
+            known_at: (num_rows) the moment that each row's features are of, where that is not its own; how long ago
+                things are is still counted to the row.
 
         Returns:
             The spine's rows in the spine's order, with the service's columns appended in the service's order. Equal
@@ -149,6 +151,8 @@ class FeatureStore:
         keys = [name for name in ("user_id", "item_id", "category") if name in spine.column_names]
         entities = spine.select([EVENT_TIMESTAMP, *keys])
         entities = entities.append_column(REQUEST_TIMESTAMP, entities[EVENT_TIMESTAMP])
+        if known_at is not None:
+            entities = entities.set_column(0, EVENT_TIMESTAMP, known_at)
         entities = entities.append_column(_ROW, pa.array(np.arange(spine.num_rows)))
         job = self._store.get_historical_features(entities.to_pandas(), self._service(service))
         found = job.to_arrow()

@@ -18,6 +18,7 @@ from evergreen.contracts.decision import (
     Guard,
     GuardName,
     HistoryRecord,
+    PastDecision,
     RetrainDecision,
     Trigger,
     TriggerName,
@@ -34,6 +35,8 @@ from evergreen.monitoring.triggers import (
     release_trigger,
     time_wishes,
 )
+
+_OF_QUALITY = {TriggerName.QUALITY, TriggerName.CALIBRATION}
 
 
 def decide(
@@ -87,6 +90,25 @@ def decide(
         history=known,
         report=report,
     )
+
+
+def changed_at(decision: RetrainDecision) -> datetime | None:
+    """Since when clicks follow other rules than before; None: nothing is known of a change.
+
+    It is the start of the first of the windows in a row in which quality was worse, the last time that this has led to
+    a training: now, or as far back as the decision's history goes. What else moved may have moved without any change of
+    the rules.
+    """
+    past = [record for record in decision.history if isinstance(record, PastDecision)]
+    windows = sorted([*past, decision.record()], key=lambda window: window.as_of)
+    start: datetime | None = None
+    found: datetime | None = None
+    for window in windows:
+        is_worse = not _OF_QUALITY.isdisjoint(window.raised)
+        start = (start or window.start) if is_worse else None
+        if is_worse and window.verdict is Verdict.RETRAIN:
+            found = start
+    return found
 
 
 def replay(path: Path) -> RetrainDecision:
@@ -219,6 +241,14 @@ def _investigate(
         notes.append("no outcomes were given, so nothing is known of quality")
     notes += [f"run {run.run_id} began at {run.started_at} and never ended" for run in past.dead]
     notes += [f"{g.triggers[0]}: {g.reason}" for g in guards if g.name is GuardName.MINIMUM_SAMPLES]
+    notes += [
+        f"{t.subject} stays: {t.reason}"
+        for t in triggers
+        if t.name is TriggerName.WORSE_RELEASE
+        and not t.raised
+        and t.value is not None
+        and t.value <= (t.threshold or 0)
+    ]
     if unknown := [t for t in triggers if t.calls_for is Verdict.ALARM and t.value is None]:
         notes.append(f"signals that cannot be judged: {_names(unknown)}; {unknown[0].reason}")
     return tuple(notes)

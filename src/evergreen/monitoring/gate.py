@@ -12,6 +12,9 @@ A column that differs from the training data as a whole, but not from the same w
 has seen such days. `same_weekday` is therefore of days that it was trained on. Were it of last week, every lasting
 change would clear itself after seven days.
 
+What is shown depends on who chooses it: a model's own choices differ from the rows that it learned from, without any
+change in the world. So a column that is as it was in the model's first days in service is stable.
+
 What carries little of the model's importance does not raise the alarm: the score of a window is the importance of the
 columns that drifted.
 """
@@ -44,6 +47,7 @@ from evergreen.monitoring.statistics import (
 
 TRAINING = "training"
 SAME_WEEKDAY = "same_weekday"
+IN_SERVICE = "in_service"
 
 
 class GateConfig(JsonModel):
@@ -82,7 +86,7 @@ def drift_gate(
 
     Args:
         current: the window, counted in the cells of the training reference.
-        references: TRAINING, and SAME_WEEKDAY where there is one, counted in the same cells.
+        references: TRAINING, and SAME_WEEKDAY and IN_SERVICE where there are such, counted in the same cells.
         weights: importance of columns, not negative; of those compared they are scaled to add up to 1. A column that is
             not named has none. None: all are alike.
         config: when a column drifted.
@@ -127,10 +131,9 @@ def drift_of_column(
         _only(name, current), {label: _only(name, p) for label, p in references.items()}, config=config
     )
     column = finding.details[name]
-    comparison = column.against[TRAINING]
     return finding.model_copy(
         update={
-            "score": None if comparison.drifted is None else column.effect,
+            "score": None if column.main.drifted is None else column.effect,
             "threshold": 1.0,
             "reason": f"{name}: {describe(column)}",
         }
@@ -223,13 +226,16 @@ def _status(against: Mapping[str, Comparison]) -> DriftStatus:
     training = against[TRAINING]
     if training.drifted is None:
         return DriftStatus.UNKNOWN
-    if not training.drifted:
+    if not training.drifted or _is_near(against.get(IN_SERVICE)):
         return DriftStatus.STABLE
-    weekday = against.get(SAME_WEEKDAY)
-    # Only a difference that is small clears a column; one that cannot be told from chance may still be large.
-    if weekday is None or not weekday.aspects or any(abs(t.effect) >= t.threshold for t in weekday.aspects.values()):
-        return DriftStatus.DRIFTED
-    return DriftStatus.SEASONAL
+    return DriftStatus.SEASONAL if _is_near(against.get(SAME_WEEKDAY)) else DriftStatus.DRIFTED
+
+
+def _is_near(reference: Comparison | None) -> bool:
+    """Only a difference that is small clears a column; one that cannot be told from chance may still be large."""
+    if reference is None or not reference.aspects:
+        return False
+    return all(abs(test.effect) < test.threshold for test in reference.aspects.values())
 
 
 def _finding(
@@ -267,11 +273,10 @@ def _finding(
 
 
 def describe(column: ColumnDrift) -> str:
-    """A column against the training data, in words."""
-    training = column.against[TRAINING]
-    if training.reason is not None:
-        return training.reason
-    tests = training.aspects
+    """A column against what it is compared with first, in words."""
+    if column.main.reason is not None:
+        return column.main.reason
+    tests = column.main.aspects
     shown = {aspect: test for aspect, test in tests.items() if test.drifted} or tests
     return ", ".join(f"{aspect.value} {test.effect:+.2f}" for aspect, test in shown.items()) or "alike"
 

@@ -11,7 +11,6 @@ import base64
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -90,9 +89,9 @@ class IdCells(JsonModel):
         kept = hashes[:_MAX_KEPT_IDS].astype("<u4")
         return cls(hashes=base64.b64encode(kept.tobytes()).decode(), below=below)
 
-    @cached_property
+    @property
     def known(self) -> NDArray[np.uint32]:
-        """(num_kept,) sorted hashes."""
+        """(num_kept,) sorted hashes; not kept, or two equal ones would no longer compare."""
         return np.frombuffer(base64.b64decode(self.hashes), "<u4")
 
 

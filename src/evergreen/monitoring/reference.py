@@ -6,7 +6,8 @@ it was there. Beside it stand all rows of the training set by weekday, so that a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +17,23 @@ from pydantic import AwareDatetime
 
 from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.errors import ArtifactError
+from evergreen.contracts.impressions import feature_table
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import SPLITS, ColumnKind, Feature, FeatureOrigin, TrainingSet
 from evergreen.models.package import ModelPackage
 from evergreen.monitoring.drift import sample_split
-from evergreen.monitoring.gate import SAME_WEEKDAY, TRAINING
+from evergreen.monitoring.gate import IN_SERVICE, SAME_WEEKDAY, TRAINING
 from evergreen.monitoring.importance import Importance
-from evergreen.monitoring.profile import Cells, IdCells, Profile, fit_cells, make_profile, mixture
+from evergreen.monitoring.profile import (
+    Cells,
+    IdCells,
+    Profile,
+    ProfileBuilder,
+    fit_cells,
+    make_profile,
+    mixture,
+    user_groups,
+)
 
 PREDICTION, LABEL = "prediction", "label"
 ID_COLUMNS = ("user_id", "item_id")
@@ -30,6 +41,7 @@ AGE_SUFFIX = "_recency_seconds"
 """Features that tell how long ago the store last heard of a user or item."""
 
 _KEYS = ("event_timestamp", "request_id", "user_id", "item_id")
+_DAY = timedelta(days=1)
 _MAX_WINDOW_SHARE = 0.01
 """A weekday with less of a window's rows is not worth a reference."""
 
@@ -60,6 +72,8 @@ class MonitoringReference(JsonModel):
     """Seconds, by feature."""
     left_out: dict[str, str]
     """Features that are not compared, with the reason."""
+    in_service: ReferenceRows | None = None
+    """Of the first days in service, in the cells of `training`; null: they are not over."""
 
     def profiles(self, part: str, days: Mapping[int, float]) -> dict[str, Profile]:
         """References of the gate.
@@ -75,7 +89,61 @@ class MonitoringReference(JsonModel):
         if days and len(known) == len(days) < 7:
             total = sum(days.values())
             found[SAME_WEEKDAY] = mixture([(p, s / total) for p, s in zip(known, days.values(), strict=True)])
+        if self.in_service is not None and (profile := getattr(self.in_service, part)) is not None:
+            found[IN_SERVICE] = profile
         return found
+
+    def with_service(
+        self, impressions: Iterable[pa.Table], outcomes: Iterable[pa.Table], *, start: datetime, end: datetime
+    ) -> MonitoringReference | None:
+        """The same with `in_service`; None: the model made no whole answer in that time.
+
+        Args:
+            impressions: tables of `impression_schema`; of them the model's own whole answers in [start, end) count.
+            outcomes: tables of matured outcomes of the same time with `OUTCOME_FIELDS`.
+            start: of the first days, by event_timestamp.
+            end: of them.
+        """
+        features = ProfileBuilder(self.training.features.cells)
+        predictions = ProfileBuilder(self.training.predictions.cells)
+        labels = ProfileBuilder(self.training.labels.cells) if self.training.labels is not None else None
+        rows = 0
+        for table in impressions:
+            mine = self._own(table, start, end)
+            if mine.num_rows:
+                rows += mine.num_rows
+                groups, weights = user_groups(mine), 1 / mine["sampling_rate"].to_numpy()
+                columns = feature_table(mine)
+                known = [name for name in columns.column_names if name in self.training.features.cells]
+                columns = columns.select(known)
+                for name in ID_COLUMNS:
+                    columns = columns.append_column(name, mine[name])
+                features.add(columns, groups, weights)
+                predictions.add(mine.select(["score"]).rename_columns([PREDICTION]), groups, weights)
+        if not rows:
+            return None
+        found_labels = None
+        if labels is not None:
+            for table in outcomes:
+                mine = self._own(table, start, end)
+                if mine.num_rows:
+                    label = mine["rating" if self.kind is LogKind.RATINGS else "clicked"].cast(pa.float64())
+                    labels.add(pa.table({LABEL: label}), user_groups(mine), 1 / mine["sampling_rate"].to_numpy())
+                    found_labels = labels
+        in_service = ReferenceRows(
+            features=features.profile(),
+            predictions=predictions.profile(),
+            labels=found_labels.profile() if found_labels is not None else None,
+        )
+        return self.model_copy(update={"in_service": in_service})
+
+    def _own(self, rows: pa.Table, start: datetime, end: datetime) -> pa.Table:
+        times = rows["event_timestamp"]
+        within = pc.and_(
+            pc.greater_equal(times, pa.scalar(start, times.type)), pc.less(times, pa.scalar(end, times.type))
+        )
+        mine = pc.and_(pc.equal(rows["model_version"], self.model_version), pc.invert(rows["degraded"]))
+        return rows.filter(pc.and_(within, mine))
 
 
 def make_reference(
@@ -93,7 +161,7 @@ def make_reference(
         training_set: that the model was trained on.
         package: the model.
         importance: of its features.
-        split: of the main reference.
+        split: of the main reference; where it is shorter than a day, the newest day.
         sample_rows: of each split at most.
         seed: of the samples.
 
@@ -114,19 +182,20 @@ def make_reference(
     if split not in samples:
         raise ArtifactError(f"{training_set.path}: the {split} split has no rows to compare windows with")
     main = samples[split]
+    end = training_set.manifest.splits[split].end
+    if end - training_set.manifest.splits[split].start < _DAY:
+        main = _newest_rows(training_set, end - _DAY, main.column_names, sample_rows=sample_rows, seed=seed)
     compared = [name for name in names if name not in left_out]
     is_click = package.info.kind is not LogKind.RATINGS
-    predictions = {part: pa.array(package.predict(sample)) for part, sample in samples.items()}
+    main_scores = pa.array(package.predict(main))
+    scores = pa.concat_arrays([pa.array(package.predict(sample)) for sample in samples.values()])
     cells = _Cells(
         features={**fit_cells(main.select(compared)), **_known_ids(training_set)},
-        predictions=fit_cells(
-            pa.table({PREDICTION: predictions[split]}), probabilities=[PREDICTION] if is_click else []
-        ),
+        predictions=fit_cells(pa.table({PREDICTION: main_scores}), probabilities=[PREDICTION] if is_click else []),
         labels=fit_cells(main.select([LABEL]), probabilities=[LABEL] if is_click else []),
         has_labels=package.info.kind is not LogKind.INTERACTIONS,
     )
     everything = pa.concat_tables(samples.values())
-    scores = pa.concat_arrays(predictions.values())
     weekday = pc.day_of_week(everything["event_timestamp"]).combine_chunks()
     weekdays = {}
     for day in pc.unique(weekday).sort().to_pylist():
@@ -138,11 +207,26 @@ def make_reference(
         trained_as_of=package.info.as_of,
         features=package.info.features,
         weights=importance.weights,
-        training=cells.count(main, predictions[split]),
+        training=cells.count(main, main_scores),
         weekdays=weekdays,
         median_ages={name: m for name in names if name.endswith(AGE_SUFFIX) if (m := median(main[name])) is not None},
         left_out=left_out,
     )
+
+
+def _newest_rows(
+    training_set: TrainingSet, start: datetime, columns: list[str], *, sample_rows: int, seed: int
+) -> pa.Table:
+    """Rows of all splits from a moment on: hours of the day differ in who comes and in how old features are, so a part
+    of a day is nothing to compare days with.
+    """
+    newest = [("event_timestamp", ">=", start)]
+    parts = [pq.read_table(training_set.file(part), columns=columns, filters=newest) for part in SPLITS]
+    rows = pa.concat_tables(parts).combine_chunks()
+    if rows.num_rows > sample_rows:
+        chosen = np.random.default_rng(seed).choice(rows.num_rows, size=sample_rows, replace=False)
+        rows = rows.take(pa.array(np.sort(chosen)))
+    return rows
 
 
 def median(column: pa.ChunkedArray) -> float | None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from evergreen.contracts.decision import DecisionConfig, Trigger, TriggerName, Verdict
 from evergreen.contracts.evaluation import Estimate
 from evergreen.contracts.monitoring_report import DriftStatus, MonitoringReport, Signal, SignalKind
-from evergreen.contracts.quality import ModelQuality
+from evergreen.contracts.quality import Comparison, ModelQuality
 from evergreen.monitoring.decision_history import Past
 
 _DAY = timedelta(days=1)
@@ -113,6 +113,10 @@ def release_trigger(report: MonitoringReport, past: Past, config: DecisionConfig
             raised = value <= threshold and found.click_rate_change.high < 0
             hours = "the same hours" if found.side_by_side else "other hours"
             reason = f"{release.model_version} has a click rate {value:+.1%} against {release.replaced} in {hours}"
+            if raised and not found.side_by_side:
+                # Fewer clicks in other hours may be the world's doing; an older model that is better now is not.
+                raised = older_is_better(found, config) is True
+                reason += _replayed_words(found)
     return Trigger(
         name=TriggerName.WORSE_RELEASE,
         calls_for=Verdict.ROLLBACK,
@@ -124,6 +128,22 @@ def release_trigger(report: MonitoringReport, past: Past, config: DecisionConfig
         fired=raised,
         reason=reason,
     )
+
+
+def older_is_better(found: Comparison, config: DecisionConfig) -> bool | None:
+    """Whether the model before would have been better on what the new one has shown; None: not known."""
+    change = found.replayed_change
+    if change is None or change.value is None or change.high is None:
+        return None
+    return change.value <= -config.rollback_effect_replayed and change.high < 0
+
+
+def _replayed_words(found: Comparison) -> str:
+    change = found.replayed_change
+    if change is None or change.value is None:
+        why = change.reason if change is not None else "it was not asked again"
+        return f"; whether {found.against} would have done better is not known: {why}"
+    return f"; asked the same, {found.against} has a normalized entropy {change.value:+.1%} against it"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +21,8 @@ from numpy.typing import NDArray
 from evergreen.contracts.artifact import atomic_directory
 from evergreen.contracts.errors import TrainingError
 from evergreen.contracts.feature_tables import FeatureTables
-from evergreen.contracts.instant import from_micros
-from evergreen.contracts.mapping import LogKind, Role
+from evergreen.contracts.instant import from_micros, to_micros
+from evergreen.contracts.mapping import LogKind, Mapping, Role
 from evergreen.contracts.snapshot import Snapshot
 from evergreen.contracts.training_set import (
     ROW_FIELDS,
@@ -41,6 +44,9 @@ EMBARGO = "in the embargo between two splits or before as_of"
 REPEAT = "interaction with an item that the user already knew"
 NOT_IN_CATALOGUE = "first interaction of its item: nobody could have recommended it"
 
+BEFORE_START = "before the time that is learned from"
+BROKEN = "of a time in which the data was broken"
+
 _OF_THE_SLATE = ("position", "propensity")
 """They belong to what was shown. Interactions lose them: drawn negatives have none, so they would tell the label."""
 _JOINED_ROWS = 2_000_000
@@ -54,17 +60,32 @@ _OUTCOMES = ("rating", "dwell_seconds")
 class HistoricalFeatures(Protocol):
     """What joins features to a spine: the Feast store, through one feature service."""
 
-    def historical(self, spine: pa.Table, service: str = "ranker_v1") -> pa.Table:
-        """The spine's rows, in order, with the service's features as known strictly before each."""
+    def historical(self, spine: pa.Table, service: str = "ranker_v1", *, known_at: pa.Array | None = None) -> pa.Table:
+        """The spine's rows, in order, with the service's features as known strictly before each, or at `known_at`."""
         ...
 
 
 @dataclass(frozen=True)
-class _Spine:
-    """Rows to learn from, before features: the table, and what was left out and why."""
+class RowsToLearnFrom:
+    """Rows that become a training set: the table, in time order, and what was left out and why."""
 
     table: pa.Table
     left_out: dict[str, int]
+
+    def chosen(
+        self, *, start: datetime | None = None, leave_out: Sequence[tuple[datetime, datetime]] = ()
+    ) -> RowsToLearnFrom:
+        """The rows from `start` on that lie in no half-open range of `leave_out`; the others are counted."""
+        time, left_out = _micros(self.table), dict(self.left_out)
+        keep = np.ones(len(time), dtype=np.bool_)
+        for reason, of_reason in (
+            (BEFORE_START, time < (to_micros(start) if start is not None else 0)),
+            (BROKEN, _inside(time, leave_out)),
+        ):
+            if count := int((keep & of_reason).sum()):
+                left_out[reason] = count
+            keep &= ~of_reason
+        return self if keep.all() else RowsToLearnFrom(self.table.filter(pa.array(keep)), left_out)
 
 
 def build_training_set(
@@ -75,6 +96,9 @@ def build_training_set(
     *,
     service: str = "ranker_v1",
     seed: int = 0,
+    start: datetime | None = None,
+    leave_out: Sequence[tuple[datetime, datetime]] = (),
+    batch: timedelta | None = None,
 ) -> TrainingSet:
     """Join, split and write the training set of a snapshot.
 
@@ -85,6 +109,11 @@ def build_training_set(
         out: where the training set goes; written whole or not at all.
         service: the feature service that the models read.
         seed: of the drawn negatives (interactions only).
+        start: rows before it are not learned from; their features know them all the same. None: all rows.
+        leave_out: half-open ranges of time in which the data was broken; likewise.
+        batch: how often the features that serve are materialized, counted from midnight (UTC): a row then knows what
+            was known at the last time before it, as the server will. None: what was known just before it, as where
+            features are streamed.
 
     Raises:
         TrainingError: a split is empty, or no feature says anything.
@@ -94,37 +123,91 @@ def build_training_set(
             f"feature tables were built from snapshot {tables.manifest.snapshot_id[:12]}, not from {snapshot.id[:12]}: "
             "build them again"
         )
-    mapping = snapshot.mapping
-    spine = _interaction_spine(snapshot, tables, seed) if snapshot.kind is LogKind.INTERACTIONS else _spine(snapshot)
-    time = _micros(spine.table)
-    boundaries = split_boundaries(time, mapping.split, as_of=snapshot.as_of)
-    place = boundaries.assign(time)
-    rows = spine.table.filter(pa.array(place >= 0))
-    place = place[place >= 0]
-    left_out = dict(spine.left_out)
-    if embargoed := spine.table.num_rows - rows.num_rows:
+    rows = rows_to_learn_from(snapshot, tables, seed=seed).chosen(start=start, leave_out=leave_out)
+    time = _micros(rows.table)
+    boundaries = split_boundaries(time, snapshot.mapping.split, as_of=snapshot.as_of, leave_out=leave_out)
+    table = rows.table.filter(pa.array(boundaries.assign(time) >= 0))
+    left_out = dict(rows.left_out)
+    if embargoed := rows.table.num_rows - table.num_rows:
         left_out[EMBARGO] = embargoed
-    spine_rows = rows.append_column("row_id", pa.array(np.arange(rows.num_rows)))
+    return write_training_set(
+        _joined(table.append_column("row_id", pa.array(np.arange(table.num_rows))), store, service, batch),
+        out,
+        boundaries=boundaries,
+        snapshot_id=snapshot.id,
+        mapping=snapshot.mapping,
+        as_of=snapshot.as_of,
+        service=service,
+        left_out=left_out,
+    )
+
+
+def _joined(rows: pa.Table, store: HistoricalFeatures, service: str, batch: timedelta | None) -> Iterator[pa.Table]:
+    """In time order: what is joined at once is what has to be held at once."""
+    for first in range(0, rows.num_rows, _JOINED_ROWS):
+        part = rows.slice(first, _JOINED_ROWS)
+        logger.info("joining %s to rows %d to %d of %d", service, first, first + len(part), rows.num_rows)
+        yield store.historical(part, service=service, known_at=_last_batch(part, batch) if batch is not None else None)
+
+
+def _last_batch(rows: pa.Table, batch: timedelta) -> pa.Array:
+    micros, length = _micros(rows), batch // timedelta(microseconds=1)
+    return pa.array(micros - micros % length).cast(rows["event_timestamp"].type)
+
+
+def write_training_set(
+    joined: Iterable[pa.Table],
+    out: Path,
+    *,
+    boundaries: SplitBoundaries,
+    snapshot_id: str,
+    mapping: Mapping,
+    as_of: datetime,
+    service: str = "ranker_v1",
+    left_out: dict[str, int] | None = None,
+) -> TrainingSet:
+    """Write rows with features as a training set, each row to its split; those of no split are counted.
+
+    Args:
+        joined: tables in time order, with a `row_id`, `ROW_FIELDS` and the columns of the service.
+        out: where the training set goes; written whole or not at all.
+        boundaries: of the splits.
+        snapshot_id: of the log.
+        mapping: of the log.
+        as_of: the moment up to which the rows know the world.
+        service: the feature service of the columns.
+        left_out: rows that are not there, by reason.
+
+    Raises:
+        TrainingError: no feature says anything.
+    """
+    counts = Counter(left_out or {})
     with atomic_directory(out) as scratch:
-        with closing(_SplitFiles(scratch, feature_columns(mapping), boundaries, snapshot.kind)) as splits:
-            # In time order: what is joined at once is what has to be held at once.
-            for start in range(0, rows.num_rows, _JOINED_ROWS):
-                part = spine_rows.slice(start, _JOINED_ROWS)
-                logger.info("joining %s to rows %d to %d of %d", service, start, start + len(part), rows.num_rows)
-                splits.write(store.historical(part, service=service), place[start : start + len(part)])
+        with closing(_SplitFiles(scratch, feature_columns(mapping), boundaries, mapping.kind)) as splits:
+            for part in joined:
+                place = boundaries.assign(_micros(part))
+                counts[EMBARGO] += int((place < 0).sum())
+                splits.write(part, place)
         features, dropped = splits.informative()
         TrainingSetManifest(
-            snapshot_id=snapshot.id,
+            snapshot_id=snapshot_id,
             mapping=mapping,
-            as_of=snapshot.as_of,
+            as_of=as_of,
             feature_service=service,
             embargo_seconds=mapping.split.attribution_window.total_seconds(),
             splits=splits.info(),
             features=tuple(features),
             dropped_features=dropped,
-            left_out=left_out,
+            left_out={reason: count for reason, count in counts.items() if count},
         ).write(scratch / TrainingSet.MANIFEST)
     return TrainingSet.load(out)
+
+
+def _inside(time: NDArray[np.int64], ranges: Sequence[tuple[datetime, datetime]]) -> NDArray[np.bool_]:
+    inside = np.zeros(len(time), dtype=np.bool_)
+    for start, end in ranges:
+        inside |= (time >= to_micros(start)) & (time < to_micros(end))
+    return inside
 
 
 def _micros(table: pa.Table) -> NDArray[np.int64]:
@@ -140,14 +223,22 @@ def _read_events(snapshot: Snapshot) -> pa.Table:
     return ds.dataset(snapshot.files, format="parquet").to_table(columns=columns + label)
 
 
-def _spine(snapshot: Snapshot) -> _Spine:
-    """Every impression or rating is a row."""
+def rows_to_learn_from(snapshot: Snapshot, tables: FeatureTables, *, seed: int = 0) -> RowsToLearnFrom:
+    """Every impression or rating of a log, or every interaction with the items drawn against it, before features.
+
+    Args:
+        snapshot: the log.
+        tables: its feature tables, for the catalogue of each moment (interactions only).
+        seed: of the drawn negatives (interactions only).
+    """
+    if snapshot.kind is LogKind.INTERACTIONS:
+        return _interactions(snapshot, tables, seed)
     events = _read_events(snapshot)
     source = "clicked" if snapshot.kind is LogKind.IMPRESSIONS else "rating"
-    return _Spine(events.append_column("label", events[source].cast(pa.float32())), {})
+    return RowsToLearnFrom(events.append_column("label", events[source].cast(pa.float32())), {})
 
 
-def _interaction_spine(snapshot: Snapshot, tables: FeatureTables, seed: int) -> _Spine:
+def _interactions(snapshot: Snapshot, tables: FeatureTables, seed: int) -> RowsToLearnFrom:
     """Every interaction that could have been recommended is a positive row; drawn items are the negatives."""
     events = _read_events(snapshot)
     items = items_as_of(tables, snapshot.as_of)
@@ -190,7 +281,7 @@ def _interaction_spine(snapshot: Snapshot, tables: FeatureTables, seed: int) -> 
     label = np.concatenate([np.ones(len(positive_row)), np.zeros(len(negative_row))]).astype(np.float32)
     rows = rows.append_column("label", pa.array(label))
     order = np.argsort(np.concatenate([positive_row, negative_row]), kind="stable")
-    return _Spine(rows.take(pa.array(order)), {reason: n for reason, n in left_out.items() if n})
+    return RowsToLearnFrom(rows.take(pa.array(order)), {reason: n for reason, n in left_out.items() if n})
 
 
 class _SplitFiles:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,16 +33,21 @@ class SplitBoundaries:
         return place
 
 
-def split_boundaries(time: NDArray[np.int64], split: Split, *, as_of: datetime) -> SplitBoundaries:
+def split_boundaries(
+    time: NDArray[np.int64], split: Split, *, as_of: datetime, leave_out: Sequence[tuple[datetime, datetime]] = ()
+) -> SplitBoundaries:
     """Where to cut so that validation and test hold their fractions of the rows.
 
-    Cuts fall on full hours where the log is long enough for that. The embargo (the attribution window) is taken from
-    the end of each earlier split, and from the end of the test split: labels younger than it are not final yet.
+    A split with a span covers that time. Other cuts fall on full hours where the log is long enough for that. The
+    embargo (the attribution window) is taken from the end of each earlier split, and from the end of the test split:
+    labels younger than it are not final yet.
 
     Args:
         time: (n,) event times in microseconds, ascending.
         split: the fractions and the attribution window.
         as_of: the moment up to which the log is known.
+        leave_out: half-open ranges of time whose rows are not there: a span reaches as much farther back, or what was
+            broken yesterday would leave a split of yesterday empty.
 
     Raises:
         TrainingError: there are too few rows, or too short a time, for three splits.
@@ -48,14 +55,12 @@ def split_boundaries(time: NDArray[np.int64], split: Split, *, as_of: datetime) 
     embargo = split.attribution_window // timedelta(microseconds=1)
     end = to_micros(as_of)
     n = len(time)
-    cuts = []
-    for fraction in (split.validation_fraction + split.test_fraction, split.test_fraction):
-        cut = int(time[min(n - 1, int(n * (1 - fraction)))]) if n else 0
-        on_hour = cut - cut % _HOUR
-        # An hour's rounding may not move more than a tenth of the split.
-        moved = np.searchsorted(time, cut) - np.searchsorted(time, on_hour)
-        cuts.append(on_hour if moved <= 0.1 * fraction * n else cut)
-    validation, test = cuts
+    missing = [(to_micros(start), to_micros(stop)) for start, stop in leave_out]
+    test = _cut(time, split.test_fraction) if split.test_span is None else _back(end, split.test_span, missing)
+    if split.validation_span is None:
+        validation = _cut(time, split.validation_fraction + split.test_fraction)
+    else:
+        validation = _back(test, split.validation_span, missing)
     ranges = {
         "train": (int(time[0]) if n else 0, validation - embargo),
         "validation": (validation, test - embargo),
@@ -67,8 +72,32 @@ def split_boundaries(time: NDArray[np.int64], split: Split, *, as_of: datetime) 
         if size == 0:
             raise TrainingError(
                 f"the {name} split is empty: {n} rows from {from_micros(time[0]) if n else '-'} to {as_of}, "
-                f"validation fraction {split.validation_fraction}, test fraction {split.test_fraction}, embargo "
+                f"validation {split.validation_span or f'fraction {split.validation_fraction}'}, "
+                f"test {split.test_span or f'fraction {split.test_fraction}'}, embargo "
                 f"{split.attribution_window}. Give a longer log, larger fractions or a shorter attribution_window in "
                 "the mapping's [split]"
             )
     return boundaries
+
+
+def _back(end: int, span: timedelta, missing: Sequence[tuple[int, int]]) -> int:
+    """The moment from which on there is a span of time before `end` that is not missing."""
+    left = span // timedelta(microseconds=1)
+    for start, stop in sorted(missing, key=itemgetter(1), reverse=True):
+        if (there := max(end - stop, 0)) >= left:
+            break
+        left -= there
+        end = min(end, start)
+    return end - left
+
+
+def _cut(time: NDArray[np.int64], fraction: float) -> int:
+    """Where the last fraction of all rows begins."""
+    n = len(time)
+    if not n:
+        return 0
+    cut = int(time[min(n - 1, int(n * (1 - fraction)))])
+    on_hour = cut - cut % _HOUR
+    # An hour's rounding may not move more than a tenth of the split.
+    moved = np.searchsorted(time, cut) - np.searchsorted(time, on_hour)
+    return on_hour if moved <= 0.1 * fraction * n else cut

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from evergreen.cli import cli
+from evergreen.cli import _COMMANDS, cli
 from evergreen.contracts.errors import InputError
 
 RUN = ["run", "--mapping", "simulated", "--data", "nowhere"]
@@ -18,9 +18,7 @@ def _invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize(
-    "command", ["run", "compile", "simulate", "filter", "features", "stream", "train", "serve", "recommend"]
-)
+@pytest.mark.parametrize("command", [*_COMMANDS])
 def test_every_command_has_help(command: str) -> None:
     code, output = _invoke(command, "--help")
     assert code == 0

@@ -27,7 +27,7 @@ from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.evaluation import Estimate
 from evergreen.contracts.monitoring_report import DriftFinding, DriftStatus, MonitoringReport, Signal, SignalKind
 from evergreen.contracts.quality import Comparison, EstimatedQuality, ModelQuality, QualityFigures, QualityReport
-from evergreen.monitoring.decision import decide, replay
+from evergreen.monitoring.decision import changed_at, decide, replay
 
 NOW = datetime(2026, 3, 9, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -208,8 +208,8 @@ def test_small_sample_never_decides(few: dict[str, int], reason: str) -> None:
 
 
 def test_severe_loss_does_not_wait_for_a_second_window() -> None:
-    assert decide(report(quality=quality(change=0.0549)), [], as_of=NOW).verdict is Verdict.KEEP
-    decision = decide(report(quality=quality(change=0.0551)), [], as_of=NOW)
+    assert decide(report(quality=quality(change=0.2049)), [], as_of=NOW).verdict is Verdict.KEEP
+    decision = decide(report(quality=quality(change=0.2051)), [], as_of=NOW)
     assert decision.verdict is Verdict.RETRAIN and not guard(decision, GuardName.PERSISTENCE, TriggerName.QUALITY)
 
 
@@ -249,6 +249,64 @@ def test_what_comes_and_goes_with_the_week_is_not_retrained() -> None:
     assert "was so on 2026-03-02 too" in decision.reason
     never_gone = [past(n, TriggerName.QUALITY) for n in range(1, 9)]
     assert decide(report(quality=WORSE), never_gone, as_of=NOW).verdict is Verdict.RETRAIN
+
+
+# Since when the world is another one.
+
+
+def test_change_began_with_the_first_worse_window_in_a_row() -> None:
+    history = [past(5, TriggerName.QUALITY), past(4), past(2, TriggerName.CALIBRATION), YESTERDAY]
+    decision = decide(report(quality=WORSE), history, as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN
+    assert changed_at(decision) == NOW - 3 * DAY
+
+
+def test_severe_loss_of_one_window_is_a_change_in_that_window() -> None:
+    decision = decide(report(quality=quality(change=9.0)), [past(1)], as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - DAY
+
+
+def test_worse_quality_that_retrains_nothing_is_no_change() -> None:
+    decision = decide(report(quality=WORSE), [past(1)], as_of=NOW)
+    assert decision.trigger(TriggerName.QUALITY).raised and decision.verdict is Verdict.KEEP
+    assert changed_at(decision) is None
+
+
+def test_training_for_another_reason_knows_of_no_change() -> None:
+    by_age = decide(report(quality=quality(), age=7 * DAY), [], as_of=NOW)
+    by_drift = decide(report(drift=DRIFTED, quality=quality(change=0.012)), [past(1, TriggerName.DRIFT)], as_of=NOW)
+    for decision in (by_age, by_drift):
+        assert decision.verdict is Verdict.RETRAIN and changed_at(decision) is None
+
+
+def test_later_training_still_knows_of_the_change_before() -> None:
+    """Else the next one would learn from the rows of the old world again."""
+    history = [
+        past(5, TriggerName.QUALITY, version="m1"),
+        past(4, TriggerName.QUALITY, verdict=Verdict.RETRAIN, version="m1"),
+        past(3),
+        past(1),
+    ]
+    decision = decide(report(quality=quality(), age=7 * DAY), history, as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - 6 * DAY
+
+
+def test_second_change_replaces_the_first() -> None:
+    history = [
+        past(6, TriggerName.QUALITY, verdict=Verdict.RETRAIN, version="m1"),
+        past(5),
+        past(2, TriggerName.QUALITY),
+        YESTERDAY,
+    ]
+    assert changed_at(decide(report(quality=WORSE), history, as_of=NOW)) == NOW - 3 * DAY
+
+
+def test_change_is_the_same_however_the_history_is_ordered_and_after_replay(tmp_path: Path) -> None:
+    history = [past(2, TriggerName.QUALITY), YESTERDAY]
+    decision = decide(report(quality=WORSE), history[::-1], as_of=NOW)
+    assert changed_at(decision) == NOW - 3 * DAY
+    decision.write(tmp_path / "decision.json")
+    assert changed_at(replay(tmp_path / "decision.json")) == NOW - 3 * DAY
 
 
 # Drift.
@@ -402,7 +460,14 @@ def test_broken_windows_since_the_training_are_left_out_of_the_next() -> None:
 RELEASE = ReleaseRecord(model_version="m2", released_at=NOW - 2 * DAY, replaced="m1")
 
 
-def against_m1(change: float | None, *, half: float = 0.03, rows: int = 5000, side_by_side: bool = True) -> Comparison:
+def against_m1(
+    change: float | None,
+    *,
+    half: float = 0.03,
+    rows: int = 5000,
+    side_by_side: bool = True,
+    replayed: Estimate | None = None,
+) -> Comparison:
     return Comparison(
         model_version="m2",
         against="m1",
@@ -410,6 +475,7 @@ def against_m1(change: float | None, *, half: float = 0.03, rows: int = 5000, si
         rows=rows,
         against_rows=5000,
         click_rate_change=estimate(change, half),
+        replayed_change=replayed,
     )
 
 
@@ -446,8 +512,27 @@ def test_release_that_is_not_surely_worse_stays(comparison: Comparison) -> None:
     assert rollback(comparison).verdict is Verdict.KEEP
 
 
-def test_other_hours_must_differ_by_more() -> None:
-    assert rollback(against_m1(-0.25, side_by_side=False)).verdict is Verdict.ROLLBACK
+def test_in_other_hours_the_older_model_must_have_done_better_when_asked_the_same() -> None:
+    decision = rollback(against_m1(-0.25, side_by_side=False, replayed=estimate(-0.08, 0.03)))
+    assert decision.verdict is Verdict.ROLLBACK
+    assert "in other hours; asked the same, m1 has a normalized entropy -8.0% against it" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("replayed", "words"),
+    [
+        (estimate(0.01, 0.005), "asked the same, m1 has a normalized entropy +1.0% against it"),  # the world changed
+        (estimate(-0.04, 0.01), "asked the same, m1 has a normalized entropy -4.0% against it"),
+        (estimate(-0.08, 0.09), "asked the same, m1 has a normalized entropy -8.0% against it"),
+        (Estimate(value=None, reason="3 clicks"), "whether m1 would have done better is not known: 3 clicks"),
+        (None, "whether m1 would have done better is not known: it was not asked again"),
+    ],
+    ids=["as bad", "small", "chance", "few", "not asked"],
+)
+def test_release_that_a_changed_world_clicks_less_stays(replayed: Estimate | None, words: str) -> None:
+    decision = rollback(against_m1(-0.6, side_by_side=False, replayed=replayed))
+    assert decision.verdict is Verdict.KEEP and decision.rollback_to is None
+    assert any(note.startswith("m2 stays: ") and words in note for note in decision.investigate)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from evergreen.contracts.monitoring_report import Aspect, DriftFinding, DriftStatus
-from evergreen.monitoring.gate import SAME_WEEKDAY, TRAINING, GateConfig, drift_gate, drift_of_column
+from evergreen.monitoring.gate import IN_SERVICE, SAME_WEEKDAY, TRAINING, GateConfig, drift_gate, drift_of_column
 from evergreen.monitoring.profile import Profile, fit_cells, make_profile
 
 NUMBERS = tuple(f"number_{i}" for i in range(8))
@@ -177,6 +177,64 @@ def test_a_weekday_with_too_few_users_clears_nothing() -> None:
     finding = drift_gate(profile(rows(500, seed=12, shift=weekend)), references)
     assert finding.status is DriftStatus.DRIFTED
     assert finding.details["number_0"].against[SAME_WEEKDAY].drifted is None
+
+
+CHOSEN = {"number_0": 0.5, "number_3": 0.5}
+"""A model shows other items than those that it learned from."""
+
+
+def test_what_the_model_shows_since_its_first_days_is_stable() -> None:
+    window = profile(rows(500, seed=12, shift=CHOSEN))
+    assert drift_gate(window, {TRAINING: training()}).columns == tuple(CHOSEN)
+    in_service = profile(rows(800, seed=11, shift=CHOSEN))
+    finding = drift_gate(window, {TRAINING: training(), IN_SERVICE: in_service})
+    assert (finding.status, finding.score, finding.columns) == (DriftStatus.STABLE, 0, ())
+    assert finding.details["number_0"].against[TRAINING].drifted, "it is still told"
+
+
+def test_what_is_unlike_training_and_first_days_drifts() -> None:
+    references = {TRAINING: training(), IN_SERVICE: profile(rows(800, seed=11, shift=CHOSEN))}
+    moved = {**CHOSEN, "number_0": 1.0, "number_6": 0.5}
+    finding = drift_gate(profile(rows(500, seed=12, shift=moved)), references)
+    assert finding.status is DriftStatus.DRIFTED and set(finding.columns) == {"number_0", "number_6"}
+    assert finding.details["number_3"].status is DriftStatus.STABLE
+    column = finding.details["number_0"]
+    effects = [column.against[label].aspects[Aspect.LOCATION].effect for label in (TRAINING, IN_SERVICE)]
+    assert effects == pytest.approx([1.0, 0.5], abs=0.15)
+    assert column.main is column.against[IN_SERVICE] and "number_0 (location +0.4" in finding.reason
+
+
+def test_what_goes_back_to_the_training_data_is_no_drift() -> None:
+    references = {TRAINING: training(), IN_SERVICE: profile(rows(800, seed=11, shift=CHOSEN))}
+    assert drift_gate(profile(rows(500, seed=12)), references).status is DriftStatus.STABLE
+
+
+def test_weekday_that_first_days_did_not_have_is_seasonal() -> None:
+    weekend = {name: shift + 0.5 for name, shift in CHOSEN.items()}
+    references = {
+        TRAINING: training(),
+        IN_SERVICE: profile(rows(800, seed=11, shift=CHOSEN)),
+        SAME_WEEKDAY: profile(rows(800, seed=13, shift=weekend)),
+    }
+    finding = drift_gate(profile(rows(500, seed=12, shift=weekend)), references)
+    assert finding.status is DriftStatus.SEASONAL and set(finding.columns) == set(weekend)
+
+
+def test_first_days_with_too_few_users_clear_nothing() -> None:
+    references = {TRAINING: training(), IN_SERVICE: profile(rows(15, seed=13, shift=CHOSEN))}
+    finding = drift_gate(profile(rows(500, seed=12, shift=CHOSEN)), references)
+    assert finding.status is DriftStatus.DRIFTED and set(finding.columns) == set(CHOSEN)
+    column = finding.details["number_0"]
+    assert column.main is column.against[TRAINING] and "effective users" in (column.against[IN_SERVICE].reason or "")
+
+
+def test_one_column_is_scored_against_the_first_days_where_there_are_such() -> None:
+    window = profile(rows(800, seed=19, shift={"number_0": 0.4}))
+    in_service = profile(rows(800, seed=11, shift={"number_0": 0.4}))
+    alone = drift_of_column("number_0", window, {TRAINING: training()})
+    beside = drift_of_column("number_0", window, {TRAINING: training(), IN_SERVICE: in_service})
+    assert alone.status is DriftStatus.DRIFTED and alone.score == pytest.approx(4.0, abs=1.0)
+    assert beside.status is DriftStatus.STABLE and beside.score is not None and beside.score < 1
 
 
 def test_columns_the_model_does_not_care_about_do_not_raise_the_alarm() -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evergreen.contracts.errors import TrainingError
+from evergreen.contracts.errors import MappingError, TrainingError
 from evergreen.contracts.instant import from_micros, to_micros
-from evergreen.contracts.mapping import Split
+from evergreen.contracts.mapping import Mapping, Split
 from evergreen.contracts.training_set import SPLITS
 from evergreen.training.split import split_boundaries
 
@@ -73,3 +73,83 @@ def test_too_short_a_log_names_the_split_and_the_way_out() -> None:
 def test_no_rows_at_all_is_an_error_for_people() -> None:
     with pytest.raises(TrainingError, match="0 rows"):
         split_boundaries(np.array([], dtype=np.int64), Split(), as_of=datetime(2025, 1, 1, tzinfo=UTC))
+
+
+SPANS = Split(validation_span=timedelta(days=1), test_span=timedelta(days=2))
+DAYS = np.array([START + hour * HOUR for hour in range(24 * 20)])
+AS_OF = from_micros(START + 24 * 20 * HOUR)
+
+
+def day(number: float) -> datetime:
+    return from_micros(START) + timedelta(days=number)
+
+
+def test_spans_are_of_time() -> None:
+    ranges = split_boundaries(DAYS, SPANS, as_of=AS_OF).ranges
+    assert [from_micros(ranges[name][0]) for name in SPLITS] == [day(0), day(17), day(18)]
+
+
+@pytest.mark.parametrize(
+    ("broken", "validation", "test"),
+    [
+        ([(19, 20)], 16, 17),  # yesterday
+        ([(17.5, 18.5)], 16, 17),  # across the cut
+        ([(16.5, 17), (17, 17.5), (17, 18)], 15.5, 18),  # they may touch, and overlap
+        ([(2, 3), (19, 40)], 16, 17),  # far away, and beyond the end
+        ([(15.5, 20), (17, 18)], 12.5, 13.5),
+    ],
+)
+def test_spans_reach_past_what_is_left_out(broken: list[tuple[float, float]], validation: float, test: float) -> None:
+    leave_out = [(day(start), day(end)) for start, end in broken]
+    inside = np.zeros(len(DAYS), dtype=bool)
+    for start, end in leave_out:
+        inside |= (to_micros(start) <= DAYS) & (to_micros(end) > DAYS)
+    boundaries = split_boundaries(DAYS[~inside], SPANS, as_of=AS_OF, leave_out=leave_out)
+    starts = [from_micros(boundaries.ranges[name][0]) for name in ("validation", "test")]
+    assert starts == [day(validation), day(test)]
+    sizes = np.bincount(boundaries.assign(DAYS[~inside]))
+    assert sizes[1:].tolist() == [24, 48], "as many rows as if nothing were missing"
+
+
+def test_mapping_gives_spans_in_the_place_of_fractions() -> None:
+    text = """
+name = "reads"
+kind = "interactions"
+timestamp = { column = "at" }
+columns = { user_id = "who", item_id = "what" }
+[split]
+validation_span = "12h"
+test_span = "2d"
+"""
+    split = Mapping.load(text).split
+    assert (split.validation_span, split.test_span) == (timedelta(hours=12), timedelta(days=2))
+    assert Mapping.load(
+        text.replace("_span", "_fraction").replace('"12h"', "0.1").replace('"2d"', "0.2")
+    ).split == Split(validation_fraction=0.1, test_fraction=0.2)
+    ranges = split_boundaries(DAYS, split, as_of=AS_OF).ranges
+    assert [from_micros(ranges[name][0]) for name in SPLITS] == [day(0), day(17.5), day(18)]
+    with pytest.raises(MappingError, match=r"split\.test_span"):
+        Mapping.load(text.replace("2d", "two days"))
+
+
+def test_embargo_lies_before_each_span() -> None:
+    split = SPANS.model_copy(update={"attribution_window": timedelta(hours=5)})
+    ranges = split_boundaries(DAYS, split, as_of=AS_OF).ranges
+    ends = [from_micros(ranges[name][1]) for name in SPLITS]
+    assert ends == [moment - timedelta(hours=5) for moment in (day(17), day(18), day(20))]
+
+
+def test_one_split_may_be_a_span_and_the_other_a_fraction() -> None:
+    span_of_test = Split(validation_fraction=0.2, test_fraction=0.1, test_span=timedelta(hours=6))
+    ranges = split_boundaries(DAYS, span_of_test, as_of=AS_OF).ranges
+    assert from_micros(ranges["test"][0]) == day(19.75)
+    assert from_micros(ranges["validation"][0]) == day(14), "its share of the rows, and the one that the test had"
+    span_of_validation = Split(test_fraction=0.1, validation_span=timedelta(hours=6))
+    ranges = split_boundaries(DAYS, span_of_validation, as_of=AS_OF).ranges
+    assert [from_micros(ranges[name][0]) for name in SPLITS[1:]] == [day(17.75), day(18)]
+
+
+def test_span_that_leaves_nothing_to_learn_from_is_named() -> None:
+    split = SPANS.model_copy(update={"validation_span": timedelta(days=19)})
+    with pytest.raises(TrainingError, match=r"the train split is empty: .* validation 19 days, 0:00:00, test 2 days"):
+        split_boundaries(DAYS, split, as_of=AS_OF)

@@ -1,0 +1,38 @@
+"""Step: the feature store that serves is brought up to date, whether or not a model is trained."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.image import PIPELINE_IMAGE
+
+
+@dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
+def refresh_features(feature_tables: dsl.Input[dsl.Dataset], as_of: str, state: str, store_config: str) -> NamedTuple(
+    "Outputs", [("usage", dict)]
+):
+    """Put the newest tables under the loop's feature store and materialize what changed; its servers go on reading.
+
+    Args:
+        feature_tables: the offline source.
+        as_of: ISO 8601 time of the values that are served.
+        state: folder of the loop; the store is made there the first time.
+        store_config: file of feature_repo/ that says which stores; "feature_store.cluster.yaml" writes to Redis.
+    """
+    from collections import namedtuple
+    from datetime import datetime
+    from pathlib import Path
+
+    from evergreen.contracts.feature_tables import FeatureTables
+    from evergreen.contracts.loop_state import LoopState
+    from evergreen.features.store import CONFIG, FeatureStore
+    from evergreen.step import pipeline_step
+
+    with pipeline_step("refresh_features") as usage:
+        path, tables = LoopState(Path(state)).feature_store, FeatureTables.load(Path(feature_tables.path))
+        if (path / CONFIG).is_file():
+            store = FeatureStore.open(path).replace_tables(tables)
+        else:
+            store = FeatureStore.create(path, tables, config=store_config)
+        store.materialize(datetime.fromisoformat(as_of))
+    return namedtuple("Outputs", ["usage"])(usage)

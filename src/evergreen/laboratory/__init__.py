@@ -1,0 +1,1 @@
+"""Loops in virtual time: a simulated world and the stages of the pipelines in one process, under several policies."""
