@@ -182,9 +182,8 @@ def section(title: str, results: BacktestResults, shift: datetime | None) -> lis
         "What `ours` did:" if acts else "`ours` kept its model all the time.",
         "",
         *acts,
-        "",
-        *(f"Note: {note}" for note in results.notes[2:]),
-        "",
+        *([""] if acts else []),
+        *(["To know:", "", *(f"- {note}" for note in results.notes[2:]), ""] if results.notes[2:] else []),
     ]
 
 

@@ -74,8 +74,8 @@ def promote(
             canary = _canary(
                 stack,
                 package,
+                ReleaseStore(releases).current,
                 feature_store,
-                server,
                 impressions,
                 name,
                 requests,
@@ -131,23 +131,25 @@ def history(releases: Path) -> None:
 
 
 def _client(url: str, token_file: Path | None) -> httpx.Client:
-    import httpx
+    from evergreen.release.deploy import server_client
 
-    headers = {"Authorization": f"Bearer {token_file.read_text().split()[0]}"} if token_file else {}
-    return httpx.Client(base_url=url, headers=headers, trust_env=False)
+    client = server_client(url, token_file or "")
+    assert client is not None, "there is a URL"
+    return client
 
 
 def _canary(
     stack: ExitStack,
     package: Path,
+    serving: Path,
     feature_store: Path | None,
-    champion: httpx.Client | None,
     impressions: str,
     name: str,
     num_requests: int,
     latency_budget_ms: float,
     features: Sequence[Feature],
 ) -> CanaryReport:
+    """Each on a server of its own: what the users' server answers would be logged as if somebody had seen it."""
     from evergreen.release.canary import CanaryConfig, run_canary
     from evergreen.release.replay import logged_requests
     from evergreen.serving.process import served
@@ -158,10 +160,14 @@ def _canary(
     options = ["--name", name]
     if feature_store is not None:
         options += ["--feature-store", str(feature_store)]
-    url = stack.enter_context(served(package.resolve(), log=Path(folder) / "serve.log", options=options))
-    challenger = stack.enter_context(_client(url, None))
+
+    def client(model: Path) -> httpx.Client:
+        log = Path(folder) / f"{model.name}.log"
+        return stack.enter_context(_client(stack.enter_context(served(model, log=log, options=options)), None))
+
+    champion = client(serving.resolve()) if serving.exists() else None
     config = CanaryConfig(latency_budget_ms=latency_budget_ms)
-    return run_canary(challenger, champion, asked, model_name=name, config=config)
+    return run_canary(client(package.resolve()), champion, asked, model_name=name, config=config)
 
 
 def _echo_canary(report: CanaryReport) -> None:
