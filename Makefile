@@ -98,6 +98,15 @@ benchmark-serving: setup  ## Measure serving: its floor, load, outages, bad requ
 	$(RUN)python -m benchmarks.online_read --out benchmarks/online_read.md
 	$(RUN)python benchmarks/impressions.py --out benchmarks/impressions.md
 
+.PHONY: benchmark-loop
+benchmark-loop: setup  ## Measure the loop over seeds: scenarios, gate, canary, policies on logs (DESKDROP=folder); many hours
+	$(RUN)python -m benchmarks.loop.scenarios --work $(BENCHMARK_CACHE)/loop --out benchmarks/loop/scenarios.md
+	$(RUN)python benchmarks/loop/gate.py --work $(BENCHMARK_CACHE)/gate --out benchmarks/loop/gate.md
+	$(RUN)python benchmarks/loop/canary.py --work $(BENCHMARK_CACHE)/canary --out benchmarks/loop/canary.md
+	$(RUN)python benchmarks/loop/backtest.py --work $(BENCHMARK_CACHE)/backtest $(if $(DESKDROP),--deskdrop $(DESKDROP)) --out benchmarks/loop/backtest.md
+	$(RUN)python benchmarks/loop/drift_gate.py --out benchmarks/loop/drift_gate.md
+	$(RUN)python benchmarks/loop/world.py --out benchmarks/loop/world.md
+
 .PHONY: quality
 quality: setup  ## Published settings on files that you give: FRAPPE=folder ML1M=file (benchmarks/quality/README.md)
 	@test -n "$(FRAPPE)$(ML1M)" || { echo "give FRAPPE=folder or ML1M=file; see benchmarks/quality/README.md"; exit 2; }

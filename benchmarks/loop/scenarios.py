@@ -24,8 +24,17 @@ from evergreen.contracts.decision import TriggerName, Verdict
 from evergreen.laboratory.results import ArmResults, LoopDay
 
 CLOCK = {TriggerName.SCHEDULE, TriggerName.NEW_ROWS}
-DAYS = {"taste-shift": 11, "stable": 30, "broken-feature": 10, "logging-outage": 10, "click-outage": 10, "seasonal": 28,
-        "slow-fade": 14, "new-catalogue": 12, "bot-attack": 12}  # fmt: skip
+DAYS = {
+    "taste-shift": 9,
+    "broken-feature": 8,
+    "logging-outage": 7,
+    "click-outage": 7,
+    "stable": 30,
+    "seasonal": 28,
+    "slow-fade": 14,
+    "new-catalogue": 12,
+    "bot-attack": 12,
+}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -37,12 +39,13 @@ def demo_config(*, days: int, scenario: str, seed: int) -> LoopConfig:
     it is the same, but takes longer.
     """
     log = SimulatorConfig(
-        num_users=1_500,
-        num_items=150,
+        num_users=1_200,
+        num_items=80,
         num_days=12,
-        events_per_day=16_000,
+        events_per_day=20_000,
         click_rate=0.08,
         num_segments=4,
+        taste_dimensions=4,
         segment_taste_share=0.9,
         interaction_strength=2.0,
         taste_half_life_days=90,
@@ -50,12 +53,10 @@ def demo_config(*, days: int, scenario: str, seed: int) -> LoopConfig:
         seed=seed,
     )
     return LoopConfig(
-        plan=VisitPlan(log=log, scenario=find_scenario(scenario), seed=seed, requests_per_day=1_600),
+        plan=VisitPlan(log=log, scenario=find_scenario(scenario), seed=seed, requests_per_day=2_000, explore=0.3),
         num_days=days,
         # One day of a small shop is soon read, and may be read often.
-        training=TrainingConfig(
-            model="factorization_machine", max_epochs=20, patience=12, seed=seed, export_program=False
-        ),
+        training=TrainingConfig(model="deepfm", max_epochs=20, patience=12, seed=seed, export_program=False),
         training_days=6,
         pages=True,
         canary_requests=100,
@@ -77,6 +78,7 @@ def run_demo(out: Path, *, days: int, scenario: str, seed: int, on_day: OnDay) -
         InputError: the folder holds something else.
     """
     began = time.perf_counter()
+    _quieten()
     config = demo_config(days=days, scenario=scenario, seed=seed)
     _claim(out)
     start = prepare(config, out / "start")
@@ -100,8 +102,16 @@ def run_demo(out: Path, *, days: int, scenario: str, seed: int, on_day: OnDay) -
     return results
 
 
+def _quieten() -> None:
+    """What libraries say to developers is not for whoever watches the days go by."""
+    for category in (DeprecationWarning, FutureWarning, UserWarning):
+        warnings.simplefilter("ignore", category)
+    logging.disable(logging.WARNING)
+
+
 def _live(config: LoopConfig, start: Start, policy: str, out: Path, told: Queue[Any]) -> ArmResults:
     began = time.perf_counter()
+    _quieten()
     # Evidently's pages are for the loop that reads reports; the other two have none.
     arm = Arm(config, start, policy_of(policy), out / policy, OverHttp)
     days = []
