@@ -51,6 +51,7 @@ def release_model(
 
     from evergreen.contracts.decision import RetrainDecision
     from evergreen.contracts.errors import EvergreenError
+    from evergreen.contracts.gate import GateReport
     from evergreen.contracts.loop_state import LoopState, put
     from evergreen.contracts.release import CanaryReport
     from evergreen.contracts.training_set import FeatureOrigin, TrainingSet
@@ -80,7 +81,15 @@ def release_model(
                 seen = not_started(package.version, champion.version, str(error))
             else:
                 clients = (stack.enter_context(httpx.Client(base_url=url, trust_env=False)) for url in (ours, theirs))
-                seen = run_canary(*clients, asked, config=CanaryConfig(latency_budget_ms=latency_budget_ms))
+                expected = (
+                    GateReport.read(loop.gate(moment)).mean_prediction_ratio if loop.gate(moment).is_file() else None
+                )
+                seen = run_canary(
+                    *clients,
+                    asked,
+                    expected_ratio=expected or 1.0,
+                    config=CanaryConfig(latency_budget_ms=latency_budget_ms),
+                )
             put(file, seen)
         shutil.copyfile(file, report.path)
         logging.getLogger("evergreen").info("canary: %s", seen.failures or f"passed {seen.num_requests} requests")

@@ -60,6 +60,9 @@ class GateReport(JsonModel):
     verdict: Verdict | None
     click_rate_ratio: Estimate | None
     """Predicted over observed clicks of the challenger; None for ratings."""
+    mean_prediction_ratio: float | None = None
+    """Challenger over incumbent, on the test rows: what a canary should see as well; None without an incumbent. When
+    the world has changed, what serves promises clicks that no longer come, and a good challenger promises less."""
     served: ServedComparison | None = None
     """None where no log of what was served was given."""
     latency: Latency

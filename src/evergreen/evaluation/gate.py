@@ -97,6 +97,9 @@ def gate_challenger(
         difference=as_estimate(difference) if difference is not None else None,
         verdict=verdict_of(difference) if difference is not None else None,
         click_rate_ratio=as_estimate(calibration) if calibration is not None else None,
+        mean_prediction_ratio=float(rows.predictions[_CHALLENGER].mean() / rows.predictions[_INCUMBENT].mean())
+        if incumbent is not None
+        else None,
         served=as_served,
         latency=latency,
         passed=passed,

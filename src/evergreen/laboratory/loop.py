@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.decision import RetrainDecision, Verdict
 from evergreen.contracts.feature_tables import FeatureTables
+from evergreen.contracts.gate import GateReport
 from evergreen.contracts.impressions import read_impressions
 from evergreen.contracts.loop_state import LoopState, name_of, put
 from evergreen.contracts.mapping import Mapping
@@ -279,8 +280,8 @@ class Arm:
             )
             put(state.gate(as_of), gate)
             passed = gate.passed
-        if passed and config.canary_requests:
-            canary = self._canary(trained.package, incumbent)
+        if gate is not None and passed and config.canary_requests:
+            canary = self._canary(trained.package, incumbent, gate)
             put(state.canary(as_of), canary)
             passed = canary.passed
         if passed:
@@ -319,7 +320,7 @@ class Arm:
             batch=self.config.window,
         )
 
-    def _canary(self, challenger: ModelPackage, incumbent: ModelPackage) -> CanaryReport:
+    def _canary(self, challenger: ModelPackage, incumbent: ModelPackage, gate: GateReport) -> CanaryReport:
         context = [feature.name for feature in challenger.info.features if feature.origin is FeatureOrigin.CONTEXT]
         asked = logged_requests(str(self.impressions), context=context, limit=self.config.canary_requests)
         with ExitStack() as stack:
@@ -327,7 +328,13 @@ class Arm:
                 stack.enter_context(client(package.path, self.state.feature_store))
                 for package in (challenger, incumbent)
             )
-            return run_canary(ours, theirs, asked, config=CanaryConfig(latency_budget_ms=_LATENCY_BUDGET_MS))
+            return run_canary(
+                ours,
+                theirs,
+                asked,
+                expected_ratio=gate.mean_prediction_ratio or 1.0,
+                config=CanaryConfig(latency_budget_ms=_LATENCY_BUDGET_MS),
+            )
 
     def _day(
         self,

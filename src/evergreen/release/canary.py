@@ -42,8 +42,8 @@ class CanaryConfig(JsonModel):
     max_missing_items_more: float = Field(default=0.01, ge=0, le=1)
     """How much larger the share of candidates that it did not rank may be than the champion's."""
     max_prediction_ratio: float = Field(default=2.0, gt=1)
-    """By which factor its mean prediction may lie above or below the champion's. Worlds change faster than that only
-    when something is broken; better calibration moves a mean by tens of percent."""
+    """By which factor the ratio of its mean prediction to the champion's may lie above or below what is expected: what
+    the gate saw on test rows is to be seen on real requests, or the features that it is served are others."""
 
 
 @dataclass
@@ -77,6 +77,7 @@ def run_canary(
     requests: Sequence[Mapping[str, Any]],
     *,
     model_name: str = "evergreen",
+    expected_ratio: float = 1.0,
     config: CanaryConfig | None = None,
 ) -> CanaryReport:
     """Ask both servers the same requests, in turns.
@@ -86,6 +87,7 @@ def run_canary(
         champion: of the champion's; None where nothing serves yet.
         requests: V1 instances, see `replay.logged_requests`.
         model_name: in the URL.
+        expected_ratio: of its mean prediction to the champion's, see `GateReport.mean_prediction_ratio`.
         config: what must hold.
 
     Returns:
@@ -132,13 +134,13 @@ def run_canary(
         slower = median / its_median if median and its_median else None
         checks.append(_at_most("latency_p50_ratio", slower, config.max_latency_ratio))
         ratio = float(np.mean(ours.scores) / np.mean(theirs.scores)) if ours.scores and theirs.scores else None
-        most = config.max_prediction_ratio
+        least, most = expected_ratio / config.max_prediction_ratio, expected_ratio * config.max_prediction_ratio
         checks.append(
             CanaryCheck(
                 name="mean_prediction_ratio",
                 value=ratio,
-                limit=f"from {1 / most:g} to {most:g}",
-                passed=ratio is not None and 1 / most <= ratio <= most,
+                limit=f"from {least:.3g} to {most:.3g}",
+                passed=ratio is not None and least <= ratio <= most,
             )
         )
     return CanaryReport(

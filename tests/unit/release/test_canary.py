@@ -55,6 +55,15 @@ def test_challenger_that_does_worse_is_found_out(changes: dict[str, Any], names:
     assert failed(**changes) == names
 
 
+def test_challenger_of_a_changed_world_promises_what_the_gate_has_seen_of_it() -> None:
+    """What serves overrates fourfold, so half of its clicks are too many as well."""
+    found = [
+        run_canary(server("new", probability=p), server("old", probability=0.4), REQUESTS, expected_ratio=0.25).passed
+        for p in (0.1, 0.21, 0.4, 0.04)
+    ]
+    assert found == [True, False, False, False]
+
+
 def test_challenger_that_fails_once_fails() -> None:
     healthy = server("new")
     calls = 0
