@@ -190,18 +190,18 @@ class Arm:
         for old in sorted(self.events.iterdir())[: -self.config.plan.log.num_days]:
             old.unlink()
         suspicious = self._features(as_of, day=lived.day + 1)
-        mapping = self.config.mapping
-        join_outcomes(
-            str(self.impressions),
-            str(self.world / "clicks"),
-            self.state.outcomes,
-            window=mapping.split.attribution_window,
-            as_of=as_of,
-            start=as_of - 2 * self.config.window,
-            mapping=mapping,
-        )
         report = None
         if self.policy.reads_reports:
+            mapping = self.config.mapping
+            join_outcomes(
+                str(self.impressions),
+                str(self.world / "clicks"),
+                self.state.outcomes,
+                window=mapping.split.attribution_window,
+                as_of=as_of,
+                start=as_of - 2 * self.config.window,
+                mapping=mapping,
+            )
             serving = ModelPackage.load(self._releases.current)
             report = watch(
                 self.state,
@@ -263,12 +263,12 @@ class Arm:
             training_set,
             work / "model",
             config=config.training,
-            incumbent=incumbent,
+            # A schedule trains anew and releases what comes of it, which is what it is compared for.
+            incumbent=incumbent if choice.decision is not None else None,
             changed_at=changed_at(choice.decision) if choice.decision is not None else None,
         )
         cpu_seconds = time.process_time() - started
         gate = canary = None
-        # A schedule releases what comes of it, which is what it is compared for.
         passed = True
         if choice.decision is not None:
             gate = gate_challenger(
@@ -280,7 +280,7 @@ class Arm:
             )
             put(state.gate(as_of), gate)
             passed = gate.passed
-        if gate is not None and passed and config.canary_requests:
+        if passed and config.canary_requests:
             canary = self._canary(trained.package, incumbent, gate)
             put(state.canary(as_of), canary)
             passed = canary.passed
@@ -320,7 +320,7 @@ class Arm:
             batch=self.config.window,
         )
 
-    def _canary(self, challenger: ModelPackage, incumbent: ModelPackage, gate: GateReport) -> CanaryReport:
+    def _canary(self, challenger: ModelPackage, incumbent: ModelPackage, gate: GateReport | None) -> CanaryReport:
         context = [feature.name for feature in challenger.info.features if feature.origin is FeatureOrigin.CONTEXT]
         asked = logged_requests(str(self.impressions), context=context, limit=self.config.canary_requests)
         with ExitStack() as stack:
@@ -332,7 +332,7 @@ class Arm:
                 ours,
                 theirs,
                 asked,
-                expected_ratio=gate.mean_prediction_ratio or 1.0,
+                expected_ratio=(gate.mean_prediction_ratio if gate is not None else None) or 1.0,
                 config=CanaryConfig(latency_budget_ms=_LATENCY_BUDGET_MS),
             )
 
