@@ -7,8 +7,9 @@ import multiprocessing
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -79,10 +80,10 @@ def run_demo(out: Path, *, days: int, scenario: str, seed: int, on_day: OnDay) -
         InputError: the folder holds something else.
     """
     began = time.perf_counter()
-    _quieten()
     config = demo_config(days=days, scenario=scenario, seed=seed)
     _claim(out)
-    start = prepare(config, out / "start")
+    with _quiet():
+        start = prepare(config, out / "start")
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(_PROCESSES, mp_context=context) as pool:
         told: Queue[Any] = manager.Queue()
@@ -103,23 +104,29 @@ def run_demo(out: Path, *, days: int, scenario: str, seed: int, on_day: OnDay) -
     return results
 
 
-def _quieten() -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """What libraries say to developers is not for whoever watches the days go by."""
-    for category in (DeprecationWarning, FutureWarning, UserWarning):
-        warnings.simplefilter("ignore", category)
-    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _live(config: LoopConfig, start: Start, policy: str, out: Path, told: Queue[Any]) -> ArmResults:
     began = time.perf_counter()
-    _quieten()
     if not policy_of(policy).reads_reports:
         config = config.model_copy(update={"canary_requests": 0})  # a schedule releases whatever it trains
-    arm = Arm(config, start, policy_of(policy), out / policy, OverHttp)
     days = []
-    for day in arm.run():
-        told.put((policy, day))
-        days.append(day)
+    with _quiet():
+        arm = Arm(config, start, policy_of(policy), out / policy, OverHttp)
+        for day in arm.run():
+            told.put((policy, day))
+            days.append(day)
     folders = {"click log": arm.world / "events", "impressions": arm.impressions, "state of the loop": arm.state.path}
     return ArmResults(
         policy=policy,
