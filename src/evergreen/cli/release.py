@@ -68,7 +68,8 @@ def promote(
 
     loaded = ModelPackage.load(package)
     with ExitStack() as stack:
-        server = stack.enter_context(_client(url, token_file)) if url else None
+        if (server := deploy.server_client(url or "", token_file or "")) is not None:
+            stack.enter_context(server)
         canary = None
         if impressions is not None:
             canary = _canary(
@@ -113,7 +114,8 @@ def rollback(
     from evergreen.release.store import ReleaseStore
 
     with ExitStack() as stack:
-        server = stack.enter_context(_client(url, token_file)) if url else None
+        if (server := deploy.server_client(url or "", token_file or "")) is not None:
+            stack.enter_context(server)
         done = deploy.roll_back(
             ReleaseStore(releases), as_of=as_of or datetime.now(UTC), reason=reason, server=server, model_name=name
         )
@@ -130,14 +132,6 @@ def history(releases: Path) -> None:
         _echo(one)
 
 
-def _client(url: str, token_file: Path | None) -> httpx.Client:
-    from evergreen.release.deploy import server_client
-
-    client = server_client(url, token_file or "")
-    assert client is not None, "there is a URL"
-    return client
-
-
 def _canary(
     stack: ExitStack,
     package: Path,
@@ -150,6 +144,8 @@ def _canary(
     features: Sequence[Feature],
 ) -> CanaryReport:
     """Each on a server of its own: what the users' server answers would be logged as if somebody had seen it."""
+    import httpx
+
     from evergreen.release.canary import CanaryConfig, run_canary
     from evergreen.release.replay import logged_requests
     from evergreen.serving.process import served
@@ -163,7 +159,8 @@ def _canary(
 
     def client(model: Path) -> httpx.Client:
         log = Path(folder) / f"{model.name}.log"
-        return stack.enter_context(_client(stack.enter_context(served(model, log=log, options=options)), None))
+        url = stack.enter_context(served(model, log=log, options=options))
+        return stack.enter_context(httpx.Client(base_url=url, trust_env=False))
 
     champion = client(serving.resolve()) if serving.exists() else None
     config = CanaryConfig(latency_budget_ms=latency_budget_ms)

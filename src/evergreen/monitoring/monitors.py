@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from evergreen.contracts.artifact import JsonModel
-from evergreen.contracts.impressions import IDS, feature_table, first_rows, impression_schema
+from evergreen.contracts.impressions import feature_table, first_rows, impression_schema
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.monitoring_report import DriftFinding, MonitoringReport
 from evergreen.contracts.quality import QualityReport
 from evergreen.monitoring.gate import GateConfig, drift_gate, drift_of_column, unknown
 from evergreen.monitoring.profile import Profile, ProfileBuilder, user_groups
-from evergreen.monitoring.reference import LABEL, PREDICTION, MonitoringReference
+from evergreen.monitoring.reference import LABEL, PREDICTION, MonitoringReference, add_answers
 from evergreen.monitoring.signals import (
     HOUR,
     VolumeConfig,
@@ -183,16 +183,9 @@ class _Window:
     def _compare(self, rows: pa.Table) -> None:
         if not rows.num_rows:
             return
-        groups = user_groups(rows)
-        rates = rows["sampling_rate"].to_numpy()
-        weights = None if np.all(rates == 1) else 1 / rates
         features = feature_table(rows)
         fitting = [f.name for f in features.schema if self._expected.get(f.name) == f.type]
-        columns = features.select(fitting)
-        for name in IDS:
-            columns = columns.append_column(name, rows[name])
-        self.features.add(columns, groups, weights)
-        self.predictions.add(rows.select(["score"]).rename_columns([PREDICTION]), groups, weights)
+        add_answers(self.features, self.predictions, rows, features.select(fitting))
         self.compared_rows += rows.num_rows
         for count in pc.value_counts(pc.day_of_week(rows["event_timestamp"])).to_pylist():
             self.days[count["values"]] += count["counts"]

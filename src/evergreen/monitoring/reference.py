@@ -17,7 +17,7 @@ from pydantic import AwareDatetime
 
 from evergreen.contracts.artifact import JsonModel
 from evergreen.contracts.errors import ArtifactError
-from evergreen.contracts.impressions import feature_table
+from evergreen.contracts.impressions import IDS, feature_table
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import SPLITS, ColumnKind, Feature, FeatureOrigin, TrainingSet
 from evergreen.models.package import ModelPackage
@@ -112,14 +112,9 @@ class MonitoringReference(JsonModel):
             mine = self._own(table, start, end)
             if mine.num_rows:
                 rows += mine.num_rows
-                groups, weights = user_groups(mine), 1 / mine["sampling_rate"].to_numpy()
                 columns = feature_table(mine)
                 known = [name for name in columns.column_names if name in self.training.features.cells]
-                columns = columns.select(known)
-                for name in ID_COLUMNS:
-                    columns = columns.append_column(name, mine[name])
-                features.add(columns, groups, weights)
-                predictions.add(mine.select(["score"]).rename_columns([PREDICTION]), groups, weights)
+                add_answers(features, predictions, mine, columns.select(known))
         if not rows:
             return None
         found_labels = None
@@ -227,6 +222,23 @@ def _newest_rows(
         chosen = np.random.default_rng(seed).choice(rows.num_rows, size=sample_rows, replace=False)
         rows = rows.take(pa.array(np.sort(chosen)))
     return rows
+
+
+def add_answers(features: ProfileBuilder, predictions: ProfileBuilder, rows: pa.Table, columns: pa.Table) -> None:
+    """Count a server's answers.
+
+    Args:
+        features: gets the columns, and the ids.
+        predictions: gets the scores.
+        rows: (num_rows) of `impression_schema`.
+        columns: (num_rows) features of theirs.
+    """
+    groups, rates = user_groups(rows), rows["sampling_rate"].to_numpy()
+    weights = None if np.all(rates == 1) else 1 / rates
+    for name in IDS:
+        columns = columns.append_column(name, rows[name])
+    features.add(columns, groups, weights)
+    predictions.add(rows.select(["score"]).rename_columns([PREDICTION]), groups, weights)
 
 
 def median(column: pa.ChunkedArray) -> float | None:
