@@ -72,7 +72,7 @@ def configure_logging(log_format: LogFormat = "text") -> None:
                 "stderr": {"class": "logging.StreamHandler", "formatter": "chosen", "filters": ["request"]},
             },
             "root": {"level": "WARNING", "handlers": ["stderr"]},
-            "loggers": {"evergreen": {"level": "INFO"}},
+            "loggers": {"evergreen": {"level": "INFO", "propagate": True}},  # a pipeline step has it off
         }
     )
 

@@ -74,7 +74,8 @@ def test_json_line_of_an_error_holds_its_stack(lines: Callable[..., io.StringIO]
     assert "ValueError: half a pair" in json.loads(line)["exc_info"]
 
 
-def test_text_lines_are_the_bare_message(lines: Callable[..., io.StringIO]) -> None:
+def test_text_lines_are_the_bare_message_whoever_set_logging_up_before(lines: Callable[..., io.StringIO]) -> None:
+    logging.getLogger("evergreen").propagate = False  # as pipeline_step leaves it
     buffer = lines("text")
     logging.getLogger("evergreen.serving").info("serving")
     logging.getLogger("some.library").info("chatter")
