@@ -229,10 +229,10 @@ class Arm:
         work, share = self.path / "work", None
         snapshot = ingest_log(self.config.mapping, str(self.path / "data"), work / "snapshot", as_of=as_of)
         if self.config.filter_bots:
-            labels = filter_events(snapshot, work / "suspicious")
+            labels = filter_events(snapshot, work / "suspicious", threads=1)
             share = suspicious_share(snapshot, labels, start=as_of - self.config.window, end=as_of)
             snapshot = without_suspicious(snapshot, labels, work / "filtered")
-        tables = build_feature_tables(snapshot, work / _FEATURE_TABLES)
+        tables = build_feature_tables(snapshot, work / _FEATURE_TABLES, threads=1)  # arms live side by side
         tables = self._as_the_pipeline_writes_them(tables, day)
         if day == 0:
             store = FeatureStore.create(self.state.feature_store, tables)
