@@ -39,12 +39,30 @@ demo: setup  ## A world whose tastes shift, the loop that answers, and one page 
 	$(RUN)evergreen demo --out $(DEMO)
 
 .PHONY: compile
-compile: setup  ## Compile the pipelines to build/pipelines/*.yaml for `kfp run create`
-	$(RUN)evergreen compile --out build/pipelines
+compile: setup  ## Compile the pipelines to pipelines/compiled/*.yaml for `kfp run create` (GPU=1: train on GPU nodes)
+	$(RUN)evergreen compile $(if $(GPU),--gpu)
+
+##@ Cluster
+OVERLAY ?= kind
+.PHONY: images
+images:  ## Build both images with docker, podman or buildah, named by content (REGISTRY=host/path: and push them)
+	images/build $(if $(REGISTRY),--registry $(REGISTRY) --push)
+
+.PHONY: kind-up
+kind-up:  ## A kind cluster with cert-manager, KServe, Kubeflow Pipelines and this deployment (DRY_RUN=1: only say how)
+	manifests/kind/cluster up $(if $(DRY_RUN),--dry-run)
+
+.PHONY: kind-down
+kind-down:  ## Remove the kind cluster
+	manifests/kind/cluster down $(if $(DRY_RUN),--dry-run)
+
+.PHONY: deploy
+deploy:  ## This deployment on the cluster of KUBECONFIG, which has Kubeflow already (OVERLAY=kind)
+	OVERLAY=$(OVERLAY) manifests/kind/cluster deploy $(if $(DRY_RUN),--dry-run)
 
 ##@ Develop
 # Files that wait for servers and brokers first: the others fill the time.
-PYTEST = $(RUN)pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not heavy"
+PYTEST = $(RUN)pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not heavy and not cluster and not e2e"
 
 .PHONY: test
 test: setup  ## Run all tests but the heavy ones and the cluster's
@@ -56,7 +74,15 @@ coverage: setup  ## The same with coverage, at least 85 %; takes half as long ag
 
 .PHONY: test-heavy
 test-heavy: setup  ## Run the heavy tests: brokers that are killed, servers beside servers; about 4 minutes
-	$(RUN)pytest -n $(WORKERS) --dist loadfile -m heavy
+	$(RUN)pytest -n $(WORKERS) --dist loadfile -m "heavy and not cluster and not e2e"
+
+.PHONY: test-cluster
+test-cluster: setup  ## Overlays, images and releases on the cluster of KUBECONFIG (Kubernetes with KServe)
+	$(RUN)pytest -m cluster tests/cluster
+
+.PHONY: test-e2e
+test-e2e: setup  ## The whole loop on the cluster of KUBECONFIG (with Kubeflow Pipelines), then cleaned up
+	$(RUN)pytest -m e2e -s tests/e2e
 
 .PHONY: lint
 lint: setup  ## Check style and the import rules
