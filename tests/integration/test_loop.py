@@ -69,11 +69,18 @@ class Lived:
     def pages(self, day: LoopDay) -> pa.Table:
         return pq.read_table(self.arm.world / "pages" / f"{day.date}.parquet", partitioning=None)
 
+    def impressions(self, day: LoopDay) -> pa.Table:
+        """What is logged of a day."""
+        rows = pa.concat_tables(read_impressions(str(self.arm.impressions)))
+        return rows.filter(pc.equal(pc.strftime(rows["event_timestamp"], "%Y-%m-%d"), f"{day.date}"))
+
+    def logged(self, day: LoopDay) -> set[str]:
+        """Requests of the same."""
+        return set(self.impressions(day)["request_id"].to_pylist())
+
     def shown(self, day: LoopDay) -> pa.Table:
         """Features of all that was shown on a day, as they were served."""
-        rows = pa.concat_tables(read_impressions(str(self.arm.impressions)))
-        dates = pc.strftime(rows["event_timestamp"], "%Y-%m-%d")
-        return feature_table(rows.filter(pc.equal(dates, f"{day.date}")))
+        return feature_table(self.impressions(day))
 
 
 def live(config: LoopConfig, start: Start, policy: str, out: Path) -> Lived:
@@ -243,6 +250,17 @@ def test_broken_features_are_served_but_not_learned_from(ours: Lived, broken: Li
     assert pc.max(newest[BROKEN]).as_py() > 0, "rows of the broken day have what should have been served"
     items = FeatureStore.open(broken.state.feature_store).tables.path / "item_activity.parquet"
     assert pc.max(pq.read_table(items)[BROKEN]).as_py() > 0, "it is over in the evening"
+
+
+def test_impressions_that_an_outage_loses_were_served_and_are_in_no_log(start: Start, ours: Lived) -> None:
+    scenario = find_scenario("logging-outage").model_copy(update={"begins": 1, "lasts": 1})
+    outage = live(loop_config(scenario, num_days=2), start, "daily", start.path.parent / "outage")
+    assert [day.requests for day in outage.days] == [day.requests for day in ours.days[:2]], "people ask as before"
+    before, during = (outage.logged(day) for day in outage.days)
+    assert len(before) == outage.days[0].requests
+    assert 0.3 < len(during) / outage.days[1].requests < 0.5, "0.6 of the requests are lost"
+    events = pq.read_table(outage.arm.events / f"{outage.days[1].date}.parquet")
+    assert during <= set(events["request_id"].to_pylist()), "both logs lose the same"
 
 
 def test_arm_begins_anew_in_a_folder_that_was_used(broken: Lived, daily: Lived) -> None:

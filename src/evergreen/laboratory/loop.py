@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evergreen.contracts.artifact import JsonModel
@@ -56,7 +57,7 @@ from evergreen.release.replay import logged_requests
 from evergreen.release.store import ReleaseStore
 from evergreen.simulator.days import DaySummary, run_day
 from evergreen.simulator.log import simulate_log
-from evergreen.simulator.scenarios import break_features
+from evergreen.simulator.scenarios import break_features, lost_requests
 from evergreen.simulator.visits import VisitPlan, Visits
 from evergreen.training.dataset import build_training_set
 from evergreen.training.retrain import retrain
@@ -179,9 +180,19 @@ class Arm:
     def run(self) -> Iterator[LoopDay]:
         """Live day by day; a day is given when its evening is over."""
         for day in range(self.config.num_days):
+            before = set(self.impressions.rglob("*.parquet"))
             with self._shop.open() as recommend:
                 lived = run_day(self._visits, day, recommend, self.world)
+            self._lose_impressions(day, set(self.impressions.rglob("*.parquet")) - before)
             yield self._evening(lived)
+
+    def _lose_impressions(self, day: int, written: set[Path]) -> None:
+        """Take out of the day's impression log what the scenario says is not logged: the server knows of no outage."""
+        scenario = self.config.plan.scenario
+        if scenario.lost_impressions and scenario.is_on(day):
+            for file in written:
+                rows = pq.ParquetFile(file).read()
+                pq.write_table(rows.filter(pa.array(~lost_requests(scenario, day, rows["request_id"]))), file)
 
     def _evening(self, lived: DaySummary) -> LoopDay:
         as_of = self.config.plan.date(lived.day + 1)
