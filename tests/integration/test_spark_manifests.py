@@ -16,7 +16,7 @@ from evergreen import cli
 ROOT = Path(__file__).resolve().parents[2]
 COMPONENT = ROOT / "manifests" / "components" / "spark"
 # Of the operator's API v1beta2, what we use: it drops a field that it does not know, without a word.
-POD = {"serviceAccount", "cores", "memory", "env", "podSecurityContext", "securityContext", "volumeMounts"}
+POD = {"serviceAccount", "cores", "coreLimit", "memory", "env", "podSecurityContext", "securityContext", "volumeMounts"}
 FIELDS = {
     "spec": {
         *("type", "pythonVersion", "sparkVersion", "mode", "image", "imagePullPolicy", "mainApplicationFile"),
