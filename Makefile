@@ -73,7 +73,7 @@ coverage: setup  ## The same with coverage, at least 85 %; takes half as long ag
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 .PHONY: test-heavy
-test-heavy: setup  ## Run the heavy tests: brokers that are killed, servers beside servers; about 4 minutes
+test-heavy: setup  ## Run the heavy tests: brokers that are killed, servers beside servers, Airflow; about 7 minutes
 	$(RUN)pytest -n $(WORKERS) --dist loadfile -m "heavy and not cluster and not e2e"
 
 .PHONY: test-cluster
