@@ -8,23 +8,24 @@ from components.image import PIPELINE_IMAGE
 
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
-def ingest_log(mapping: str, data: str, as_of: str, test_hours: float, snapshot: dsl.Output[dsl.Dataset]) -> NamedTuple(
-    "Outputs", [("as_of", str), ("snapshot_id", str), ("usage", dict)]
-):
+def ingest_log(
+    mapping: str, log_uri: str, as_of: str, test_hours: float, snapshot: dsl.Output[dsl.Dataset]
+) -> NamedTuple("Outputs", [("as_of", str), ("snapshot_id", str), ("usage", dict)]):
     """Read a log through a mapping into an immutable snapshot.
 
     Args:
         mapping: name of a shipped mapping, URL of a TOML file, or TOML text.
-        data: path or fsspec URL of a file or folder.
+        log_uri: path or fsspec URL of a file or folder.
         as_of: ISO 8601 time; later events are left out. Empty: all events are read.
         test_hours: length of the validation split and of the test split, so that they stay the newest rows however long
             the log gets; 0: as the mapping has it.
         snapshot: the snapshot.
     """
     from collections import namedtuple
-    from datetime import datetime, timedelta
+    from datetime import timedelta
     from pathlib import Path
 
+    from evergreen.contracts.instant import from_text
     from evergreen.contracts.mapping import Mapping
     from evergreen.ingest.log import ingest_log
     from evergreen.step import pipeline_step
@@ -34,7 +35,7 @@ def ingest_log(mapping: str, data: str, as_of: str, test_hours: float, snapshot:
         if test_hours:
             spans = dict.fromkeys(("validation_span", "test_span"), timedelta(hours=test_hours))
             log = log.model_copy(update={"split": log.split.model_copy(update=spans)})
-        result = ingest_log(log, data, Path(snapshot.path), as_of=datetime.fromisoformat(as_of) if as_of else None)
+        result = ingest_log(log, log_uri, Path(snapshot.path), as_of=from_text(as_of) if as_of else None)
     snapshot.metadata["snapshot_id"] = result.id
     snapshot.metadata["rows"] = result.manifest.rows
     snapshot.metadata["quarantined"] = sum(result.manifest.quarantined.values())

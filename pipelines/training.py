@@ -6,6 +6,7 @@ from kfp import dsl
 
 from components.build_feature_tables import build_feature_tables
 from components.build_training_set import build_training_set
+from components.deploy_model import deploy_model
 from components.evaluate_models import evaluate_models
 from components.filter_events import filter_events
 from components.ingest_log import ingest_log
@@ -16,6 +17,15 @@ from components.train_model import train_model
 from evergreen.models.registry import MODEL_NAMES
 
 MODELS = list(MODEL_NAMES)
+
+# What a person need not type on a cluster: as manifests/steps and the kind overlay have it.
+STATE = "/state"
+IMPRESSIONS = "s3://mlpipeline/evergreen/impressions"
+MODEL_STORE = "s3://mlpipeline/evergreen/models"
+STORE_CONFIG = "feature_store.cluster.yaml"
+TOKEN_FILE = "/etc/evergreen/tokens/tokens"
+INFERENCE_SERVICE = "evergreen"
+NAMESPACE = "evergreen"
 
 
 class FeatureSteps(NamedTuple):
@@ -35,13 +45,13 @@ class ModelSteps(NamedTuple):
 
 
 def feature_steps(
-    *, mapping: str, data: str, as_of: str, test_hours: float, check_leakage: bool, false_positive_share: float
+    *, mapping: str, log_uri: str, as_of: str, test_hours: float, check_leakage: bool, false_positive_share: float
 ) -> FeatureSteps:
     """From a log to features: what training needs, and what serving needs with every window.
 
     Called while a pipeline is described; the arguments are its parameters.
     """
-    ingested = ingest_log(mapping=mapping, data=data, as_of=as_of, test_hours=test_hours)
+    ingested = ingest_log(mapping=mapping, log_uri=log_uri, as_of=as_of, test_hours=test_hours)
     filtered = filter_events(snapshot=ingested.outputs["snapshot"], false_positive_share=false_positive_share)
     features = build_feature_tables(snapshot=filtered.outputs["filtered"], check_leakage=check_leakage)
     return FeatureSteps(ingested, filtered, features)
@@ -100,34 +110,55 @@ class TrainingOutputs(NamedTuple):
     summary: dsl.Artifact
 
 
-@dsl.pipeline(name="evergreen-training", description="Click log to champion: snapshot, features, models, evaluation.")
+@dsl.pipeline(
+    name="evergreen-training", description="Click log to champion: snapshot, features, models, evaluation, release."
+)
 def training_pipeline(
-    mapping: str,
-    data: str,
+    log_uri: str,
+    mapping: str = "simulated",
     as_of: str = "",
     models: list = MODELS,
     latency_budget_ms: float = 50.0,
     seed: int = 0,
     check_leakage: bool = True,
     false_positive_share: float = 0.005,
-    feature_batch_hours: float = 0.0,
+    feature_batch_hours: float = 1.0,
+    state: str = STATE,
+    store_config: str = STORE_CONFIG,
+    impressions: str = IMPRESSIONS,
+    canary_requests: int = 500,
+    server_token_file: str = TOKEN_FILE,
+    inference_service: str = INFERENCE_SERVICE,
+    namespace: str = NAMESPACE,
+    model_store: str = MODEL_STORE,
+    model_store_path: str = "",
 ) -> TrainingOutputs:
-    """Train all models on a log up to `as_of` and choose the champion.
+    """Train all models on a log up to `as_of`, choose the champion, and on a cluster let it serve.
 
     Args:
+        log_uri: path or fsspec URL of the log.
         mapping: name of a shipped mapping, URL of a TOML file, or TOML text.
-        data: path or fsspec URL of the log.
         as_of: ISO 8601 time up to which the log is read; empty for all of it.
         models: names of the model registry to train.
         latency_budget_ms: p99 milliseconds that scoring 500 candidates may take.
         seed: of everything drawn at random.
         check_leakage: prove on this log that no feature knows its future; half of the feature building again.
         false_positive_share: share of people whom the filter of events may take for bots; 0: only what rules catch.
-        feature_batch_hours: how often the features that serve will be materialized; 0: they are streamed.
+        feature_batch_hours: how often the features that serve will be materialized, which is with every run of the
+            monitor; 0: they are streamed.
+        state: folder of the loop that the champion belongs to, on a volume that all runs share; empty: there is none.
+        store_config: file of feature_repo/ that says which feature stores.
+        impressions: folder or fsspec URL of the impression log: what gate and canary of a later champion ask again.
+        canary_requests: how many of the newest logged requests a canary is asked.
+        server_token_file: file with the bearer token that servers ask for, if they do.
+        inference_service: to be told of the champion; empty: the artifacts are the end of it.
+        namespace: of the InferenceService.
+        model_store: where InferenceServices find models: a URL for KServe, or pvc://claim/folder.
+        model_store_path: where the folder of a claim is mounted in the steps; empty for a URL.
     """
     ingested, filtered, features = feature_steps(
         mapping=mapping,
-        data=data,
+        log_uri=log_uri,
         as_of=as_of,
         test_hours=0.0,
         check_leakage=check_leakage,
@@ -147,7 +178,26 @@ def training_pipeline(
     )
     rows = built.outputs["training_set"]
     drift = report_drift(training_set=rows, seed=seed)
-    materialized = materialize_features(feature_tables=tables, as_of=ingested.outputs["as_of"])
+    materialized = materialize_features(
+        feature_tables=tables, as_of=ingested.outputs["as_of"], state=state, store_config=store_config
+    )
+    with dsl.If(inference_service != "", name="deploy"):
+        deploy_model(
+            training_set=rows,
+            champion=evaluated.outputs["champion"],
+            retriever=evaluated.outputs["retriever"],
+            impressions=impressions,
+            state=state,
+            as_of=ingested.outputs["as_of"],
+            canary_requests=canary_requests,
+            latency_budget_ms=latency_budget_ms,
+            seed=seed,
+            server_token_file=server_token_file,
+            inference_service=inference_service,
+            namespace=namespace,
+            model_store=model_store,
+            model_store_path=model_store_path,
+        ).after(materialized)  # the bundle has the feature store in it
     summarized = summarize_run(
         snapshot=snapshot,
         training_set=rows,

@@ -57,6 +57,10 @@ from tests.loop import DAY, LivedLoop, live_loop
 
 POINTS = 20
 EAGER = {"max_age": "PT12H", "min_new_rows": 500}  # calls for a retraining on the first evening
+# No server to be told, and no cluster.
+ONE_MACHINE = dict.fromkeys(
+    ("server_url", "server_token_file", "inference_service", "namespace", "model_store", "model_store_path"), ""
+)
 _WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate"}
 
 
@@ -122,13 +126,13 @@ def run_evening(made: Made, state: Path, out: Path) -> None:
     released = release_model.python_func(
         training_set=rows,
         challenger=challenger,
+        retriever=_artifact(dsl.Model, out / "no_retriever"),
         incumbent=incumbent,
         decision=decision,
         impressions=made.impressions,
         canary_requests=100,
         latency_budget_ms=1e6,
-        server_url="",
-        server_token_file="",
+        **ONE_MACHINE,
         report=_artifact(dsl.Artifact, out / "canary"),
         **at,
     )
@@ -140,10 +144,10 @@ def go_back(made: Made, state: Path, out: Path) -> None:
     """The step of the evening after, if the release turns out worse."""
     roll_back_model.python_func(
         decision=_artifact(dsl.Artifact, LoopState(state).decision(made.as_of)),
+        reason="",
         state=str(state),
         as_of=(made.as_of + DAY).isoformat(),
-        server_url="",
-        server_token_file="",
+        **ONE_MACHINE,
     )
 
 
@@ -224,7 +228,7 @@ def prepare(lived: LivedLoop, root: Path) -> Made:
     snapshot, suspicious, filtered = (root / name for name in ("snapshot", "suspicious", "filtered"))
     ingest_log.python_func(
         mapping="simulated",
-        data=str(lived.data),
+        log_uri=str(lived.data),
         as_of=as_of.isoformat(),
         test_hours=24.0,
         snapshot=_artifact(dsl.Dataset, snapshot),

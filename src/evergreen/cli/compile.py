@@ -6,20 +6,37 @@ from pathlib import Path
 
 import click
 
+_IMAGES = Path("manifests/images/kustomization.yaml")
 
-@click.command("compile")
+
+@click.command("compile", context_settings={"show_default": True})
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the YAML files."
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("pipelines/compiled"),
+    help="Folder for the YAML files.",
 )
-def compile_pipelines(out: Path) -> None:
+@click.option(
+    "--images",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=_IMAGES,
+    help="Kustomize's list of images, with the name of the steps' image.",
+)
+@click.option("--image", default=None, help="Name of the steps' image, in its stead.")
+@click.option("--gpu", is_flag=True, help="Train on nodes that have a GPU.")
+def compile_pipelines(out: Path, images: Path, image: str | None, gpu: bool) -> None:
     """Compile the pipelines for a Kubeflow Pipelines server."""
-    from kfp import compiler
-
+    from pipelines.kubernetes import compile_for_cluster, image_name
     from pipelines.monitoring import monitoring_pipeline
+    from pipelines.rollback import rollback_pipeline
     from pipelines.training import training_pipeline
 
     out.mkdir(parents=True, exist_ok=True)
-    for name, pipeline in (("training", training_pipeline), ("monitoring", monitoring_pipeline)):
+    for name, pipeline in (
+        ("training", training_pipeline),
+        ("monitoring", monitoring_pipeline),
+        ("rollback", rollback_pipeline),
+    ):
         target = out / f"{name}.yaml"
-        compiler.Compiler().compile(pipeline, str(target))
+        compile_for_cluster(pipeline, target, image=image or image_name(images), use_gpu=gpu)
         click.echo(f"{target}")

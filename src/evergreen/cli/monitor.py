@@ -114,7 +114,8 @@ def run_window(
     arguments = {
         "mapping": mapping_reference if mapping_reference in Mapping.shipped() else mapping_text(mapping_reference),
         **{
-            name: _absolute(place) for name, place in (("data", data), ("impressions", impressions), ("clicks", clicks))
+            name: _absolute(place)
+            for name, place in (("log_uri", data), ("impressions", impressions), ("clicks", clicks))
         },
         "state": str(loop.path),
         "as_of": moment.isoformat(),
@@ -122,6 +123,9 @@ def run_window(
         "decision_config": json.loads(decision_config.read_bytes()) if decision_config else {},
         "server_url": url,
         "server_token_file": str(token_file.resolve()) if token_file else "",
+        "store_config": "feature_store.yaml",
+        "inference_service": "",
+        "model_store": "",
         **settings,
     }
     root = loop.path / "pipeline"
@@ -191,6 +195,7 @@ def _echo(loop: Any, as_of: datetime) -> None:
     if loop.canary(as_of).is_file():
         canary = CanaryReport.read(loop.canary(as_of))
         words = canary.failures if not canary.passed else f"{canary.num_requests} requests"
+        words += f" ({canary.way})" if canary.way else ""
         click.echo(f"    canary: {'passed' if canary.passed else 'taken back'} {canary.challenger}: {words}")
     for release in loop.released():
         if release.released_at == as_of:

@@ -14,7 +14,7 @@ import click
 from evergreen.cli.options import INSTANT
 from evergreen.contracts.errors import EvergreenError
 from evergreen.contracts.release import CanaryReport, Release, ReleaseKind
-from evergreen.contracts.training_set import Feature, FeatureOrigin
+from evergreen.contracts.training_set import Feature
 
 if TYPE_CHECKING:
     import httpx
@@ -147,11 +147,10 @@ def _canary(
     import httpx
 
     from evergreen.release.canary import CanaryConfig, run_canary
-    from evergreen.release.replay import logged_requests
+    from evergreen.release.replay import context_of, logged_requests
     from evergreen.serving.process import served
 
-    context = [feature.name for feature in features if feature.origin is FeatureOrigin.CONTEXT]
-    asked = logged_requests(impressions, context=context, limit=num_requests)
+    asked = logged_requests(impressions, context=context_of(features), limit=num_requests)
     folder = stack.enter_context(TemporaryDirectory(prefix="evergreen-canary-"))
     options = ["--name", name]
     if feature_store is not None:

@@ -62,12 +62,18 @@ def run(
 
     arguments: dict[str, Any] = {
         "mapping": mapping_reference if mapping_reference in Mapping.shipped() else mapping_text(mapping_reference),
-        "data": data if "://" in data else str(Path(data).resolve()),
+        "log_uri": data if "://" in data else str(Path(data).resolve()),
         "as_of": as_of.isoformat() if as_of else "",
         "models": model_names(models, MODELS),
         "latency_budget_ms": latency_budget_ms,
         "feature_batch_hours": feature_batch_hours,
         "seed": seed,
+        # No loop and no cluster: the artifacts are the end of it.
+        "state": "",
+        "store_config": "feature_store.yaml",
+        "server_token_file": "",
+        "inference_service": "",
+        "model_store": "",
     }
     _claim(out)
 

@@ -47,6 +47,9 @@ _SHARE = click.FloatRange(0, 1)
     default=60.0,
     help="Between two readings of all items from the online store.",
 )
+@click.option(
+    "--items", default=None, help="URL of an items.parquet to read with every refresh.  [default: the feature store's]"
+)
 @click.option("--rules", type=_PATH, default=None, help="TOML file: blocked items, diversity, hooks.")
 @click.option("--impressions", default=None, help="Log what is shown: a folder, fsspec URL or kafka://host:port/topic.")
 @click.option(

@@ -38,6 +38,8 @@ class CanaryReport(JsonModel):
     checks: tuple[CanaryCheck, ...]
     error: str | None = None
     """Why there was no challenger to ask, or none any more; None: there was."""
+    way: str | None = None
+    """How a cluster let it out, in words; None: on a server of its own, on one machine."""
 
     @property
     def passed(self) -> bool:

@@ -30,6 +30,7 @@ import feast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from feast.data_source import DataSource
 from feast.errors import FeastObjectNotFoundException
 from feast.repo_config import RepoConfig
@@ -105,6 +106,19 @@ class FeatureStore:
             raise ArtifactError(f"{path}: no {CONFIG} in it, so it is no feature store: create it from feature tables")
         return cls(path, FeatureTables.load(path / "data"), feast.FeatureStore(repo_path=str(path)))
 
+    @classmethod
+    def bring_up_to_date(cls, path: Path, tables: FeatureTables, *, config: str = CONFIG) -> FeatureStore:
+        """Put newer tables under the store in a folder, which is made if there is none: `create`, `replace_tables`."""
+        if (Path(path) / CONFIG).is_file():
+            return cls.open(path).replace_tables(tables)
+        return cls.create(path, tables, config=config)
+
+    @property
+    def as_of(self) -> datetime | None:
+        """Of what was known when it was materialized last; None: it never was."""
+        ends = [view.most_recent_end_time for view in self._store.list_feature_views()]
+        return max((end for end in ends if end), default=None)
+
     def replace_tables(self, tables: FeatureTables) -> FeatureStore:
         """Put newer tables of the same log under the definitions, in place.
 
@@ -125,6 +139,36 @@ class FeatureStore:
         for name in [*(tables.table(name).name for name in self._schemas), FeatureTables.MANIFEST]:
             _replace(tables.path / name, self.tables.path / name)
         return FeatureStore.open(self.path)
+
+    def export_for_serving(self, path: Path) -> None:
+        """Write what a server needs of this store, and nothing of the past: a copy that stays small as the log grows.
+
+        Definitions, registry, catalogue and an online store that is a file are as they are here; tables keep their
+        columns and lose their rows. A server asks no offline store, so the one of a laptop stands for any: its image
+        needs no Spark.
+
+        Args:
+            path: the folder; whatever was there is replaced. Written whole or not at all.
+        """
+        with atomic_directory(Path(path)) as scratch:
+            for name in (".feastignore", ITEMS, *(f"{module}.py" for module in _DEFINITIONS)):
+                if (self.path / name).exists():  # nothing was materialized yet: no items
+                    shutil.copyfile(self.path / name, scratch / name)
+            # As it is written there: a password is a variable of the environment, and stays one.
+            config = yaml.safe_load((self.path / CONFIG).read_text())
+            laptop = yaml.safe_load(_definition_files(CONFIG)[CONFIG].read_text())
+            config["offline_store"] = laptop["offline_store"]
+            config.pop("batch_engine", None)
+            (scratch / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+            data = scratch / self.tables.path.name
+            data.mkdir()
+            for name, schema in self._schemas.items():
+                pq.write_table(schema.empty_table(), data / self.tables.table(name).name)
+            manifest = self.tables.manifest.model_copy(update={"partitions": None})
+            manifest.write(data / FeatureTables.MANIFEST)
+            for file in (config["registry"].get("path"), config["online_store"].get("path")):
+                if file is not None and (self.path / file).is_file():
+                    shutil.copyfile(self.path / file, scratch / file)
 
     def historical(self, spine: pa.Table, service: str = "ranker_v1", *, known_at: pa.Array | None = None) -> pa.Table:
         """Features as known at each row's time, by Feast's `get_historical_features`.

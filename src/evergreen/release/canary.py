@@ -1,13 +1,14 @@
 """The canary: a challenger answers real requests beside the champion before any user sees it.
 
-Where the platform can split traffic, a share of it is the canary (KServe on a Gateway API). Here, and where it cannot,
-the newest requests of the impression log are asked again of both: nobody is shown the challenger's answers.
+Where the platform can split traffic, a share of it goes there, too (`inference_service`). In any case the newest
+requests of the impression log are asked again of both: nobody is shown the challenger's answers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +151,39 @@ def run_canary(
         checks=tuple(checks),
         error=f"{challenger.base_url}: cannot be reached: {ours.last_error}" if ours.is_gone else None,
     )
+
+
+def try_out(
+    challenger: tuple[str, AbstractContextManager[str]],
+    champion: tuple[str, AbstractContextManager[str]],
+    requests: Sequence[Mapping[str, Any]],
+    *,
+    expected_ratio: float = 1.0,
+    config: CanaryConfig | None = None,
+) -> CanaryReport:
+    """Start a server for each, and ask both.
+
+    Args:
+        challenger: its version, and what starts its server and gives the URL.
+        champion: likewise.
+        requests: see `run_canary`, like all that follow.
+
+    Returns:
+        What was seen; of a challenger whose server does not come up, that it does not pass.
+
+    Raises:
+        EvergreenError: the champion's server does not come up, or cannot be reached.
+    """
+    with ExitStack() as stack:
+        theirs = stack.enter_context(champion[1])
+        try:
+            ours = stack.enter_context(challenger[1])
+        except EvergreenError as error:
+            return not_started(challenger[0], champion[0], str(error))
+        ask_ours, ask_theirs = (
+            stack.enter_context(httpx.Client(base_url=url, trust_env=False)) for url in (ours, theirs)
+        )
+        return run_canary(ask_ours, ask_theirs, requests, expected_ratio=expected_ratio, config=config)
 
 
 def not_started(challenger: str, champion: str | None, error: str) -> CanaryReport:

@@ -1,8 +1,9 @@
-"""Promotion and the way back on one machine: the link is switched, and the server told to read it again.
+"""Promotion and the way back: the history says who serves, and the server is told.
 
-The server loads the package beside the one that answers and drops no request (V2 repository load). If it will not have
-the package, the link goes back to where it was, and so does the history. What was killed half-way may be called again
-with the same moment: nothing is released twice, and the server is told again.
+On one machine the history's link is switched, and the server loads the package beside the one that answers and drops no
+request (V2 repository load); on a cluster the InferenceService gets another bundle (`inference_service`). If the server
+will not have the package, it goes back to where it was, and so does the history. What was killed half-way may be called
+again with the same moment: nothing is released twice, and the server is told again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 
@@ -20,6 +22,13 @@ from evergreen.release.store import ReleaseStore
 _LOAD_SECONDS = 300.0
 
 logger = logging.getLogger(__name__)
+
+
+class Server(Protocol):
+    """What lets a version of the releases serve; see `inference_service.InferenceServer`."""
+
+    def serve(self, version: str) -> None:
+        """Return when this version answers; an EvergreenError if it does not."""
 
 
 def server_client(url: str, token_file: Path | str = "") -> httpx.Client | None:
@@ -44,7 +53,7 @@ def promote(
     as_of: datetime,
     reason: str,
     canary: CanaryReport | None = None,
-    server: httpx.Client | None = None,
+    server: httpx.Client | Server | None = None,
     model_name: str = "evergreen",
 ) -> Release:
     """Let a package serve.
@@ -56,9 +65,9 @@ def promote(
         as_of: from when it serves.
         reason: why, for people.
         canary: what was seen of it.
-        server: a client of the server that serves `store.current`, started with --allow-reload; None: it reads the
-            link when it starts.
-        model_name: in the URL.
+        server: a client of the server that serves `store.current`, started with --allow-reload, or a cluster's; None:
+            it reads the link when it starts.
+        model_name: in the URL of the former.
 
     Raises:
         ArtifactError: the canary failed, or the release is older than what serves.
@@ -67,10 +76,12 @@ def promote(
     release = store.release(package, version, as_of=as_of, reason=reason, canary=canary)
     if server is not None:
         try:
-            _load(server, version, model_name)
+            _tell(server, version, model_name)
         except EvergreenError as error:
             if release.previous is not None:
                 store.roll_back(as_of=as_of, reason=f"the server could not load {version}: {error}")
+                if not isinstance(server, httpx.Client):  # which keeps what it has
+                    server.serve(release.previous)
             raise
     logger.info("%s serves, after %s: %s", version, release.previous or "nothing", reason)
     return release
@@ -81,15 +92,22 @@ def roll_back(
     *,
     as_of: datetime,
     reason: str,
-    server: httpx.Client | None = None,
+    server: httpx.Client | Server | None = None,
     model_name: str = "evergreen",
 ) -> Release:
     """Let the package serve again that served before. Arguments and errors as for `promote`."""
     release = store.roll_back(as_of=as_of, reason=reason)
     if server is not None:
-        _load(server, release.version, model_name)
+        _tell(server, release.version, model_name)
     logger.info("%s serves again, after %s: %s", release.version, release.previous, reason)
     return release
+
+
+def _tell(server: httpx.Client | Server, version: str, model_name: str) -> None:
+    if isinstance(server, httpx.Client):
+        _load(server, version, model_name)
+    else:
+        server.serve(version)
 
 
 def _load(server: httpx.Client, version: str, model_name: str) -> None:

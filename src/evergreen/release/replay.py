@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from evergreen.contracts.impressions import feature_table, first_rows, read_impressions
+from evergreen.contracts.training_set import Feature, FeatureOrigin
+
+
+def context_of(features: Sequence[Feature]) -> list[str]:
+    """Names of those features of a model that a request brings."""
+    return [feature.name for feature in features if feature.origin is FeatureOrigin.CONTEXT]
 
 
 def logged_requests(
@@ -25,7 +31,7 @@ def logged_requests(
 
     Args:
         impressions: the log: a folder or an fsspec URL of one.
-        context: names of the context features of the model's log.
+        context: names of the context features of the model's log, see `context_of`.
         limit: how many, at most.
         start: those served before it are left out.
         before: those of that moment or later, by event_timestamp, are left out: a run that is repeated asks the same.

@@ -5,9 +5,13 @@ A release is named by its moment: one that was killed half-way is finished by as
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -20,10 +24,18 @@ from evergreen.contracts.release import CanaryReport, Release, ReleaseKind
 CURRENT = "current"
 PACKAGES = "packages"
 HISTORY = "history.jsonl"
+LOCK = ".lock"
+
+_LOCK_SECONDS = 60.0
+_POLL_SECONDS = 0.2
 
 
 class ReleaseStore:
-    """Releases on a file system that knows symbolic links. One writer at a time; readers always see a whole package."""
+    """Releases on a file system that knows symbolic links.
+
+    One writer at a time: a scheduled training and the monitor may come to a release at once, so each waits for the
+    other. Readers always see a whole package.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -65,10 +77,16 @@ class ReleaseStore:
 
         Raises:
             ArtifactError: its canary failed, it is older than what serves, or it was released at that moment and taken
-                back.
+                back; or somebody else has been releasing for a minute.
         """
         if canary is not None and not canary.passed:
             raise ArtifactError(f"{version} is not released: {canary.failures}")
+        with self._alone():
+            return self._release(package, version, as_of, reason, canary)
+
+    def _release(
+        self, package: Path, version: str, as_of: datetime, reason: str, canary: CanaryReport | None
+    ) -> Release:
         now = [one for one in self.history() if one.released_at == as_of]
         if any((one.version, one.kind) == (version, ReleaseKind.RELEASE) for one in now):
             if now[-1].kind is ReleaseKind.ROLLBACK:
@@ -88,8 +106,13 @@ class ReleaseStore:
         """Let the package serve again that served before the one that serves now; of the same moment, once.
 
         Raises:
-            ArtifactError: there is none before it, or its package is gone.
+            ArtifactError: there is none before it, its package is gone, or somebody else has been releasing for a
+                minute.
         """
+        with self._alone():
+            return self._roll_back(as_of, reason)
+
+    def _roll_back(self, as_of: datetime, reason: str) -> Release:
         history = self.history()
         if history and (history[-1].kind, history[-1].released_at) == (ReleaseKind.ROLLBACK, as_of):
             self.repair()
@@ -100,6 +123,25 @@ class ReleaseStore:
         if not self.package(target).is_dir():
             raise ArtifactError(f"{self.package(target)}: the package that served before is gone")
         return self._put(target, ReleaseKind.ROLLBACK, as_of, reason, None)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock of the folder; a process that ends, however it ends, gives it back."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        with (self.path / LOCK).open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise ArtifactError(
+                            f"{self.path / LOCK}: somebody else has been releasing here for {_LOCK_SECONDS:g} s: see "
+                            "which other run is at it, and repeat this one after it"
+                        ) from error
+                    time.sleep(_POLL_SECONDS)
+            yield
 
     def _put(
         self, version: str, kind: ReleaseKind, as_of: datetime, reason: str, canary: CanaryReport | None

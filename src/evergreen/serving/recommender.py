@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from evergreen.contracts.errors import EvergreenError
+from evergreen.contracts.errors import ArtifactError, EvergreenError
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.mapping import Mapping as LogMapping
+from evergreen.features.items_file import read_items
 from evergreen.features.online_user import OnlineUser
 from evergreen.models.split.request import PairColumns
 from evergreen.serving import metrics
@@ -99,12 +100,27 @@ class _Catalogue(NamedTuple):
 class OnlineItems:
     """Items from a feature store: which there are from its folder, their features from the online store."""
 
-    def __init__(self, store: FeatureStore, reader: OnlineReader) -> None:
-        self._store, self._reader = store, reader
+    def __init__(self, store: FeatureStore, reader: OnlineReader, items_url: str | None = None) -> None:
+        """See `Recommender.load`."""
+        self._store, self._reader, self._items_url = store, reader, items_url
+        self._was_read = False
 
     def catalogue(self) -> pa.Table:
         """See `ItemSource`."""
-        return self._store.items().select(["item_id", "category"])
+        items = self._store.items() if self._items_url is None else self._published(self._items_url)
+        return items.select(["item_id", "category"])
+
+    def _published(self, url: str) -> pa.Table:
+        """The newest catalogue. Nobody may have published one when the first server starts; later it must be there."""
+        try:
+            items = read_items(url)
+        except ArtifactError as error:
+            if self._was_read:
+                raise
+            logger.warning("%s: the feature store's own items stand in", error)
+            return self._store.items()
+        self._was_read = True
+        return items
 
     def features(self, item_ids: Sequence[str]) -> pa.Table:
         """See `ItemSource`."""
@@ -208,6 +224,7 @@ class Recommender:
         retriever: Path | None = None,
         rules: AnswerRules | None = None,
         impressions: ImpressionLog | None = None,
+        items_url: str | None = None,
         deadline_seconds: float = 0.05,
         device: str = "cpu",
     ) -> Self:
@@ -219,6 +236,7 @@ class Recommender:
             retriever: directory of a two_tower package that finds candidates in a large catalogue.
             rules: of the answers.
             impressions: where answers are logged.
+            items_url: fsspec URL of a newer items.parquet than the store's own, read with every refresh.
             deadline_seconds: within which the online store has to answer a request.
             device: `auto`, `cpu` or `cuda`.
 
@@ -245,7 +263,7 @@ class Recommender:
         recommender = cls(
             package,
             store.tables.manifest.mapping,
-            OnlineItems(store, reader),
+            OnlineItems(store, reader, items_url),
             UserFeatures(reader),
             partial(prepare_on, chosen, SplitScorer.prepare, package),
             build_index=partial(RetrievalIndex.build, ModelPackage.load(retriever)) if retriever else None,
@@ -441,9 +459,10 @@ class Recommender:
             filtered_items=question.filtered if request.candidates else {},
             notes=notes,
         )
-        if self._is_warm:
+        is_shown = self._is_warm and request.shown is not False
+        if is_shown:
             metrics.observe_answer(answer)
-        if self._impressions is not None and self._is_warm:
+        if self._impressions is not None and is_shown:
             shown = (PairValues.of(part, best) for part in question.pairs)
             sources: list[Source] = [question.values, *shown, Rows(items.table, places.rows[best])]
             self._impressions.record(answer, self._package.info.features, sources)

@@ -43,6 +43,7 @@ FIELD_RULES = {
     "request_id": f"must be a string of 1 to {MAX_ID_LENGTH} characters without zero bytes",
     "exclude_seen": "must be true or false",
     "diversity": "must be a number from 0 to 1",
+    "shown": "must be true or false",
 }
 """What each field of a request must be; an error message ends with it."""
 
@@ -89,6 +90,9 @@ class RankingRequest(BaseModel):
     diversity: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] | None = None
     """How much the order avoids repeating a category (maximal marginal relevance): 0 is by score alone. Default: the
     server's."""
+    shown: StrictBool | None = None
+    """Whether somebody is shown the answer, which is the default. One that is not shown, such as a canary's, is neither
+    logged as an impression nor counted."""
 
 
 class RankedItem(BaseModel):

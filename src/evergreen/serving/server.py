@@ -81,6 +81,7 @@ def opener(settings: ServeSettings, rules: Any, impressions: ImpressionLog | Non
             retriever=settings.retriever_of(model),
             rules=rules,
             impressions=impressions,
+            items_url=settings.items,
             deadline_seconds=settings.deadline_ms / 1000,
             device=settings.device,
         )

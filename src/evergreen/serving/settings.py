@@ -55,6 +55,9 @@ class ServeSettings(BaseModel):
     """How long the online store may take before defaults stand for its features."""
     refresh_seconds: float = Field(default=60.0, gt=0)
     """Between two readings of all items from the online store."""
+    items: str | None = None
+    """fsspec URL of an items.parquet, read with every refresh; None: the feature store's own, which never changes where
+    it is part of an immutable bundle."""
     rules: Path | None = None
     """TOML file of the rules of an answer: blocked items, diversity."""
 

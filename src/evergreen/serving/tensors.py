@@ -11,6 +11,7 @@ n requests go into one call; dimension 0 of every input is n (a second dimension
     request_id       BYTES     [n]              left out: each gets a new UUID
     exclude_seen     BOOL      [n]              whether items that the user chose before are left out
     diversity        FP32      [n]              from 0 to 1, how much the order avoids repeating a category; FP64 too
+    shown            BOOL      [n]              false: nobody is shown the answer; it is not logged
 
     output           datatype  shape            meaning
     item_id          BYTES     [n, w]           best first, w the longest answer; "" beyond num_items
@@ -54,6 +55,7 @@ INPUT_DATATYPES = {
     "request_id": ("BYTES",),
     "exclude_seen": ("BOOL",),
     "diversity": ("FP32", "FP64"),
+    "shown": ("BOOL",),
 }
 """Datatypes that each input may have, the usual one first."""
 _NUMPY = {
@@ -93,6 +95,7 @@ def input_types(*, has_users: bool, has_items: bool) -> list[dict[str, Any]]:
         types += [("candidates", "BYTES", [-1, -1]), ("k", "INT64", [-1])]
         types += [("exclude_seen", "BOOL", [-1]), ("diversity", "FP32", [-1])]
     types += [("context", "BYTES", [-1]), ("event_timestamp", "BYTES", [-1]), ("request_id", "BYTES", [-1])]
+    types += [("shown", "BOOL", [-1])]
     return [{"name": name, "datatype": datatype, "shape": shape} for name, datatype, shape in types]
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import pytest
 
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.release import CanaryCheck, CanaryReport, ReleaseKind
-from evergreen.release.store import ReleaseStore
+from evergreen.release import store as store_module
+from evergreen.release.store import LOCK, ReleaseStore
 
 DAY = datetime(2026, 3, 9, tzinfo=UTC)
 
@@ -130,3 +133,25 @@ def test_history_is_never_half_written(store: ReleaseStore, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         store.release(package(tmp_path, "dlrm-3"), "dlrm-3", as_of=DAY + timedelta(days=2), reason="better")
     assert state(store) == before
+
+
+def test_release_waits_for_another_and_then_is_made(store: ReleaseStore, tmp_path: Path) -> None:
+    with (store.path / LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        back = threading.Thread(target=store.roll_back, kwargs={"as_of": DAY + timedelta(days=2), "reason": "worse"})
+        back.start()
+        back.join(timeout=0.5)
+        assert back.is_alive() and serving(store) == "fm-2"
+    back.join()
+    assert serving(store) == "lr-1"
+
+
+def test_release_that_waited_in_vain_changes_nothing(
+    store: ReleaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_LOCK_SECONDS", 0.0)
+    with (store.path / LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ArtifactError, match="somebody else has been releasing here"):
+            store.roll_back(as_of=DAY + timedelta(days=2), reason="worse")
+    assert serving(store) == "fm-2" and len(store.history()) == 2

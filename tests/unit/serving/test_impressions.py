@@ -136,6 +136,20 @@ def test_a_row_is_a_shown_item_with_the_features_that_were_scored(
     assert counts() == {"written": 2}
 
 
+def test_answer_that_nobody_is_shown_is_neither_logged_nor_counted(parts: Callable[[str], Any], tmp_path: Path) -> None:
+    def answered() -> float:
+        return REGISTRY.get_sample_value("evergreen_answers_total", {"degraded": "false"}) or 0.0
+
+    serving, before = parts("ratings"), answered()
+    with ImpressionLog(ParquetSink(str(tmp_path))) as log:
+        hidden = serve(serving, log, user_id="u1", k=3, request_id="a canary's", shown=False)
+        assert answered() == before
+        given = serve(serving, log, user_id="u1", k=3, request_id="a user's", shown=True)
+        assert answered() == before + 1
+    assert hidden.item_ids == given.item_ids
+    assert set(read(tmp_path)["request_id"].to_pylist()) == {"a user's"}
+
+
 def test_log_of_ratings_has_the_rating_as_score(parts: Callable[[str], Any], tmp_path: Path) -> None:
     with ImpressionLog(ParquetSink(str(tmp_path))) as log:
         given = serve(parts("ratings"), log, user_id="u1", k=3, request_id="r1")

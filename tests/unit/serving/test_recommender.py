@@ -5,17 +5,20 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from evergreen.contracts.errors import EvergreenError
+from evergreen.contracts.errors import ArtifactError, EvergreenError
 from evergreen.serving import metrics
 from evergreen.serving.items import changed_rows
+from evergreen.serving.recommender import OnlineItems
 from evergreen.serving.rules import AnswerRules, Candidates
 from evergreen.serving.schema import DEFAULT_K, RankingRequest, Recommendation
 from tests.serving import ask
@@ -298,3 +301,19 @@ def test_request_is_asked_at_its_own_time_or_now(parts: Callable[[str], Any], gi
     answer = serving.ask(user_id="u1", event_timestamp=given)
     assert answer.event_timestamp == (given or serving.store.as_of)
     assert set(serving.package.tables[-1]["hour"].to_pylist()) == {str(answer.event_timestamp.hour)}
+
+
+def test_published_items_are_read_each_time_and_the_stores_own_until_there_are_any(
+    parts: Callable[[str], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, published = parts("impressions").store, tmp_path / "items.parquet"
+    items = OnlineItems(store, None, str(published))  # type: ignore[arg-type]  # the reader is of the features alone
+    own = store.items().select(["item_id", "category"])
+    assert items.catalogue().equals(own)
+    assert "own items stand in" in caplog.text
+    for newer in (store.items().slice(2), store.items().slice(5)):
+        pq.write_table(newer, published)
+        assert items.catalogue().equals(newer.select(["item_id", "category"]))
+    published.unlink()  # the older ones would come back without a word
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        items.catalogue()

@@ -185,7 +185,7 @@ def tensor(**changes: Any) -> bytes:
         (b'{"inputs": [], "parameters": {"a": []}}', JSON, "parameters.a=[]: must be a string, a number or a boolean"),
         (b'{"inputs": [], "model": 1}', JSON, "the body: unknown field 'model'; known: inputs, id"),
         (tensor()[:-1] + b', "id": "1", "id": "2"}', JSON, "the body gives the key 'id' twice"),
-        (b'{"inputs": [' + b"0," * 9 + b"0]}", JSON, "inputs: 10 tensors: there are 8, and each is given once"),
+        (b'{"inputs": [' + b"0," * 9 + b"0]}", JSON, "inputs: 10 tensors: there are 9, and each is given once"),
         (
             b'{"inputs": [], "outputs": [{"name": "item_id"}, {"name": "item_id"}]}',
             JSON,
