@@ -241,7 +241,7 @@ def instant(text: str) -> float:
 
 def report(names: dict[str, str], sizes: dict[str, dict[str, int]], starts: list[Start], steps: list[float]) -> str:
     lines = [
-        f"# Images: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} of other work",
+        f"# Images: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} of other work",
         "",
         f"`{names[SERVER]}`, `{names[PIPELINE]}`. MB are 10⁶ bytes of files, not compressed.",
         "",
