@@ -39,6 +39,7 @@ class StepPods:
         self._spec, self._platform = yaml.safe_load_all(compiled.read_text())
         self._namespace, self._account, self._folders = namespace, account, folders
         self.ran: list[str] = []
+        """Steps in the order in which they began."""
 
     @contextmanager
     def run_the_steps(self, root: Path) -> Iterator[None]:

@@ -7,6 +7,7 @@ E2E_KEEP=1 it leaves everything as it is. The images must be in reach of the clu
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ WINDOW = {
 }
 
 DEPLOY_SECONDS, TRAINING_SECONDS, WINDOW_SECONDS = 900.0, 3_600.0, 5_400.0
-FLUSH_SECONDS = 120.0
+FLUSH_SECONDS, REFRESH_SECONDS = 120.0, 180.0
 
 
 def _say(line: str) -> None:
@@ -118,11 +119,12 @@ class Loop:
         """Let the world's people ask the InferenceService for a day; log what they saw and clicked. Versions seen."""
         world = self.folder / "world"
         with port_forward(SERVING, "svc/evergreen-predictor", 80) as url:
+            _await_items(url)
             with ServedModel(url) as recommend:
                 summary = run_day(visits, day, recommend, world)
             wait_until(
                 "the server's impressions to be written",
-                lambda: _held_rows(url) == 0 or None,
+                lambda: _metric(url, "evergreen_impressions_held_rows") == 0 or None,
                 limit=FLUSH_SECONDS,
                 explain=lambda: explain_namespace(SERVING),
             )
@@ -144,14 +146,29 @@ class Loop:
         )
 
 
-def _held_rows(url: str) -> float | None:
-    """Rows of impressions that the server has not written yet; None: it does not answer."""
+def _await_items(url: str) -> None:
+    """Wait until the server has read the items anew.
+
+    It reads them once a minute, and a day of this world begins seconds after the evening: asked at once, it would serve
+    all day what was known the day before, and the monitor would rightly call it skew.
+    """
+    began = time.monotonic()
+
+    def read_since() -> bool | None:
+        age = _metric(url, "evergreen_item_table_age_seconds")
+        return (age is not None and age < time.monotonic() - began) or None
+
+    wait_until("newer items", read_since, limit=REFRESH_SECONDS, explain=lambda: explain_namespace(SERVING))
+
+
+def _metric(url: str, name: str) -> float | None:
+    """The sum of a metric; None: the server does not answer."""
     try:
         text = httpx.get(f"{url}/metrics", trust_env=False).raise_for_status().text
     except httpx.HTTPError:
         return None
     families = text_string_to_metric_families(text)
-    return sum(s.value for f in families if f.name == "evergreen_impressions_held_rows" for s in f.samples)
+    return sum(sample.value for family in families if family.name == name for sample in family.samples)
 
 
 def _asked() -> dict:

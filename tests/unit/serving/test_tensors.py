@@ -186,5 +186,5 @@ def test_answers_of_different_length_are_padded() -> None:
 
 def test_metadata_leaves_out_what_the_log_does_not_have() -> None:
     names = [t["name"] for t in input_types(has_users=False, has_items=False)]
-    assert names == ["context", "event_timestamp", "request_id"]
+    assert names == ["context", "event_timestamp", "request_id", "shown"]
     assert "item_id" not in [t["name"] for t in output_types("probability", has_items=False)]
