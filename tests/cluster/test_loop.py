@@ -22,8 +22,8 @@ import pytest
 
 from pipelines.monitoring import monitoring_pipeline
 from pipelines.training import training_pipeline
+from tests.cluster.conftest import SERVING, STEPS
 from tests.cluster.step_pods import StepPods
-from tests.cluster.test_pipelines import SERVING, STEPS, models  # noqa: F401  # a fixture
 from tests.e2e import test_cluster
 from tests.e2e.cluster import explain_namespace, get, kubectl, wait_until, why_not_here
 
@@ -112,7 +112,7 @@ class LoopInPods(test_cluster.Loop):
 
 
 @pytest.fixture
-def loop(models: Path, object_store: ObjectStore) -> Iterator[LoopInPods]:  # noqa: F811
+def loop(models: Path, object_store: ObjectStore) -> Iterator[LoopInPods]:
     keys = {"AWS_ACCESS_KEY_ID": "evergreen", "AWS_SECRET_ACCESS_KEY": "evergreen-secret"}
     places = {"AWS_ENDPOINT_URL": object_store.url, "IMPRESSIONS_URL": test_cluster.IMPRESSIONS}
     for namespace in (SERVING, STEPS):
