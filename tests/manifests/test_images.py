@@ -281,6 +281,7 @@ def server(small_world: SmallWorld, tmp_path: Path) -> Iterator[str]:
     assert list((tmp_path / "shown").rglob("*.parquet"))
 
 
+@pytest.mark.heavy
 def test_the_servers_image_holds_all_that_serving_imports(server: str) -> None:
     answer = httpx.post(f"{server}/v1/models/evergreen:predict", json={"instances": [{"user_id": "u1", "k": 3}]}).json()
     assert len(answer["predictions"][0]["items"]) == 3
@@ -289,6 +290,7 @@ def test_the_servers_image_holds_all_that_serving_imports(server: str) -> None:
     assert answer["outputs"][0]["shape"] == [1, 10]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("module", ["evergreen.stream.consumer", "evergreen.features.redis_online_store", "s3fs"])
 def test_the_servers_image_holds_what_it_imports_on_a_cluster(module: str) -> None:
     code = f"BLOCKED = {set(top_level_modules_of_others(in_server_image()))!r}\n{BLOCKED}\nimport {module}"
