@@ -271,3 +271,15 @@ def test_first_model_and_later_ones_reach_the_users_under_a_condition(folder: Pa
     assert condition == "inputs.parameter_values['pipelinechannel--inference_service'] != ''"
     [deploy] = [task for name, task in _tasks(spec) if name == "deploy-model"]
     assert deploy["taskInfo"] == {"name": "deploy-model"}
+
+
+def test_images_that_were_never_built_are_told(tmp_path: Path) -> None:
+    names = tmp_path / "kustomization.yaml"
+    words = {}
+    for tag in ("0.1.0", "0123456789ab"):
+        image = {"name": "evergreen-pipeline-python", "newName": "evergreen-pipeline-python", "newTag": tag}
+        names.write_text(yaml.safe_dump({"images": [image]}))
+        done = CliRunner().invoke(cli, ["compile", "--out", str(tmp_path / tag), "--images", str(names)])
+        assert done.exit_code == 0, done.output
+        words[tag] = "make images" in done.stderr
+    assert words == {"0.1.0": True, "0123456789ab": False}

@@ -26,17 +26,21 @@ _IMAGES = Path("manifests/images/kustomization.yaml")
 @click.option("--gpu", is_flag=True, help="Train on nodes that have a GPU.")
 def compile_pipelines(out: Path, images: Path, image: str | None, gpu: bool) -> None:
     """Compile the pipelines for a Kubeflow Pipelines server."""
+    from components.image import PIPELINE_IMAGE
     from pipelines.kubernetes import compile_for_cluster, image_name
     from pipelines.monitoring import monitoring_pipeline
     from pipelines.rollback import rollback_pipeline
     from pipelines.training import training_pipeline
 
+    name = image or image_name(images)
+    if name == PIPELINE_IMAGE:
+        click.echo(f"warning: {name} was never built: `make images` builds it and names it in {images}", err=True)
     out.mkdir(parents=True, exist_ok=True)
-    for name, pipeline in (
+    for file, pipeline in (
         ("training", training_pipeline),
         ("monitoring", monitoring_pipeline),
         ("rollback", rollback_pipeline),
     ):
-        target = out / f"{name}.yaml"
-        compile_for_cluster(pipeline, target, image=image or image_name(images), use_gpu=gpu)
+        target = out / f"{file}.yaml"
+        compile_for_cluster(pipeline, target, image=name, use_gpu=gpu)
         click.echo(f"{target}")
