@@ -19,6 +19,8 @@ def train_model(
 ) -> NamedTuple("Outputs", [("usage", dict)]):
     """Train with early stopping on the validation split, calibrate, and write a model package.
 
+    In this pod, or by a TrainJob on several nodes where the pipeline was compiled so.
+
     Args:
         training_set: the three splits.
         model: a name of the model registry.
@@ -39,6 +41,7 @@ def train_model(
     from evergreen.step import pipeline_step
     from evergreen.training.config import TrainingConfig
     from evergreen.training.retrain import retrain
+    from evergreen.training.train_job import chosen_trainer
 
     with pipeline_step(f"train_model[{model}]") as usage:
         result = retrain(
@@ -47,6 +50,7 @@ def train_model(
             config=TrainingConfig(model=model, seed=seed),
             incumbent=ModelPackage.load(Path(incumbent.path)) if incumbent is not None else None,
             changed_at=datetime.fromisoformat(changed_at) if changed_at else None,
+            train=chosen_trainer(),
         )
     package.metadata["model"] = model
     package.metadata["version"] = result.package.version

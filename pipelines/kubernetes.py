@@ -22,7 +22,10 @@ from components.image import PIPELINE_IMAGE
 from evergreen.contracts.errors import ArtifactError
 from pipelines.training import STATE, TOKEN_FILE
 
-STATE_CLAIM = "evergreen-state"
+NUM_NODES, DATA = "EVERGREEN_TRAINER_NODES", "/data"
+"""What evergreen.training.train_job looks for, which is not imported here: it would bring torch."""
+
+STATE_CLAIM, DATA_CLAIM = "evergreen-state", "evergreen-data"
 STORES = "evergreen-stores"
 S3_SECRET, REDIS_SECRET, TOKENS_SECRET = "evergreen-s3", "evergreen-redis", "evergreen-tokens"
 GPU = "nvidia.com/gpu"
@@ -49,8 +52,8 @@ class StepSettings:
     is_cached: bool = False
     """Only where all that a step reads are artifacts and parameters: KFP's key knows nothing of a log that grows, of
     the loop's state, or of a clock."""
-    uses_gpu: bool = False
-    """Where the pipelines are compiled with GPU nodes in mind."""
+    trains: bool = False
+    """Where the pipelines are compiled so it takes a GPU, or hands its work to several nodes."""
 
 
 _SMALL = StepSettings(cpu="100m", max_cpu="1", memory="512Mi", max_memory="2Gi", hours=0.25, scratch="1Gi")
@@ -61,7 +64,7 @@ SETTINGS: Mapping[str, StepSettings] = {
     "filter-events": _PURE,
     "build-feature-tables": StepSettings(max_cpu="4", max_memory="16Gi", hours=4, scratch="50Gi", is_cached=True),
     "build-training-set": StepSettings(max_cpu="4", max_memory="16Gi", hours=4, scratch="50Gi", is_cached=True),
-    "train-model": StepSettings(max_cpu="4", max_memory="16Gi", hours=12, is_cached=True, uses_gpu=True),
+    "train-model": StepSettings(max_cpu="4", max_memory="16Gi", hours=12, is_cached=True, trains=True),
     "evaluate-models": StepSettings(cpu="500m", is_cached=True),  # it measures latency
     "report-drift": _PURE,
     "materialize-features": StepSettings(),
@@ -107,14 +110,18 @@ def image_name(file: Path) -> str:
     raise ArtifactError(f"{file}: no image {placeholder}: run `make images`")
 
 
-def compile_for_cluster(pipeline: GraphComponent, target: Path, *, image: str, use_gpu: bool = False) -> None:
+def compile_for_cluster(
+    pipeline: GraphComponent, target: Path, *, image: str, use_gpu: bool = False, trainer_nodes: int = 0
+) -> None:
     """Write the YAML that `kfp run create -f` takes.
 
     Args:
         pipeline: a function decorated with @dsl.pipeline.
         target: the file.
         image: name of the steps' image.
-        use_gpu: let the steps that can use a GPU run on nodes that have one.
+        use_gpu: let the steps that train run on nodes that have a GPU.
+        trainer_nodes: let Kubeflow Trainer train on as many nodes, by manifests/components/distributed-training; the
+            step itself then needs no GPU. 0: it trains by itself.
 
     Raises:
         KeyError: a step has no entry in `SETTINGS`.
@@ -127,13 +134,16 @@ def compile_for_cluster(pipeline: GraphComponent, target: Path, *, image: str, u
         for name, component in spec["components"].items()
         if "executorLabel" in component
     }
+    use_gpu = use_gpu and not trainer_nodes
     for name, label in steps.items():
         settings = SETTINGS[name.removeprefix("comp-")]
         component, container = spec["components"][name], spec["deploymentSpec"]["executors"][label]["container"]
         container["image"] = image
         container["resources"] = _resources(settings, use_gpu=use_gpu)
         parameters = set(component.get("inputDefinitions", {}).get("parameters", {}))
-        of_pod = _pod(settings, parameters, use_gpu=use_gpu)
+        of_pod = _pod(settings, parameters, use_gpu=use_gpu, trainer_nodes=trainer_nodes)
+        if trainer_nodes and settings.trains:
+            container.setdefault("env", []).append({"name": NUM_NODES, "value": str(trainer_nodes)})
         executors.setdefault("executors", {}).setdefault(label, {}).update(of_pod)
     for task in _tasks(spec):
         if (name := task["componentRef"]["name"]) in steps:
@@ -166,12 +176,12 @@ def _resources(settings: StepSettings, *, use_gpu: bool) -> dict[str, Any]:
         "resourceMemoryRequest": settings.memory,
         "resourceMemoryLimit": settings.max_memory,
     }
-    if use_gpu and settings.uses_gpu:
+    if use_gpu and settings.trains:
         resources["accelerator"] = {"resourceType": GPU, "resourceCount": "1"}
     return resources
 
 
-def _pod(settings: StepSettings, parameters: set[str], *, use_gpu: bool) -> dict[str, Any]:
+def _pod(settings: StepSettings, parameters: set[str], *, use_gpu: bool, trainer_nodes: int) -> dict[str, Any]:
     """What a step's pod has, as kfp-kubernetes writes it; a step gets what its parameters show that it uses."""
     step: Any = _Step()
     kubernetes.set_timeout(step, int(settings.hours * _HOUR))
@@ -191,8 +201,10 @@ def _pod(settings: StepSettings, parameters: set[str], *, use_gpu: bool) -> dict
         kubernetes.use_config_map_as_env(step, STORES, {"REDIS_ADDRESS": "REDIS_ADDRESS"})
     if "server_token_file" in parameters:
         kubernetes.use_secret_as_volume(step, TOKENS_SECRET, str(Path(TOKEN_FILE).parent), optional=True)
-    if use_gpu and settings.uses_gpu:
+    if use_gpu and settings.trains:
         kubernetes.add_node_selector(step, f"{GPU}.present", "true")
         kubernetes.add_toleration(step, key=GPU, operator="Exists", effect="NoSchedule")
+    if trainer_nodes and settings.trains:
+        kubernetes.mount_pvc(step, DATA_CLAIM, DATA)
     made: dict[str, Any] = step.platform_config["kubernetes"]
     return made

@@ -81,7 +81,15 @@ def with_parameters(declared: Sequence[Recurring], given: Mapping[str, str]) -> 
     ]
 
 
-def keep(client: kfp.Client, declared: Sequence[Recurring], *, image: str, experiment: str) -> dict[str, str]:
+def keep(
+    client: kfp.Client,
+    declared: Sequence[Recurring],
+    *,
+    image: str,
+    experiment: str,
+    use_gpu: bool = False,
+    trainer_nodes: int = 0,
+) -> dict[str, str]:
     """Make the recurring runs of an experiment as declared; others with other names stay as they are.
 
     Args:
@@ -89,6 +97,8 @@ def keep(client: kfp.Client, declared: Sequence[Recurring], *, image: str, exper
         declared: what is to be there.
         image: name of the steps' image.
         experiment: its name; made if there is none.
+        use_gpu: train on nodes that have a GPU.
+        trainer_nodes: train on so many nodes at once; 0: in the step itself.
 
     Returns:
         By name: `unchanged`, `created` or `replaced`.
@@ -98,7 +108,7 @@ def keep(client: kfp.Client, declared: Sequence[Recurring], *, image: str, exper
     with tempfile.TemporaryDirectory(prefix="evergreen-pipelines-") as folder:
         for one in declared:
             package = Path(folder) / f"{one.name}.yaml"
-            compile_for_cluster(one.pipeline, package, image=image)
+            compile_for_cluster(one.pipeline, package, image=image, use_gpu=use_gpu, trainer_nodes=trainer_nodes)
             mark = f"kept by evergreen, {_digest(package, one)}"
             found = [run for run in _all(client, experiment_id) if run.display_name == one.name]
             same = [run for run in found if run.description == mark]
@@ -159,6 +169,15 @@ def _typed(name: str, text: str, types: Mapping[str, str]) -> Any:
 @click.option("--parameter", "parameters", multiple=True, help="NAME=VALUE, for each pipeline that has it; repeat it.")
 @click.option("--monitor-cron", default=MONITORING.cron, help="Seconds first, UTC.")
 @click.option("--train-cron", default=TRAINING.cron, help="Seconds first, UTC.")
+@click.option("--gpu", is_flag=True, envvar="TRAIN_ON_GPU", show_envvar=True, help="Train on nodes that have a GPU.")
+@click.option(
+    "--trainer-nodes",
+    type=click.IntRange(min=0),
+    default=0,
+    envvar="TRAINER_NODES",
+    show_envvar=True,
+    help="Train on so many nodes at once, by Kubeflow Trainer; 0: in the step itself.",
+)
 def main(
     host: str,
     image: str,
@@ -167,6 +186,8 @@ def main(
     parameters: tuple[str, ...],
     monitor_cron: str,
     train_cron: str,
+    gpu: bool,
+    trainer_nodes: int,
 ) -> None:
     """Let the monitor run every hour and the training every week."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -183,7 +204,8 @@ def main(
         wanted = with_parameters(declared, given)
     except ValueError as error:
         raise click.UsageError(f"--parameter {error}") from error
-    keep(kfp.Client(host=host, namespace=namespace or "kubeflow"), wanted, image=image, experiment=experiment)
+    client = kfp.Client(host=host, namespace=namespace or "kubeflow")
+    keep(client, wanted, image=image, experiment=experiment, use_gpu=gpu, trainer_nodes=trainer_nodes)
 
 
 if __name__ == "__main__":

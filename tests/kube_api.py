@@ -1,21 +1,23 @@
-"""As much of a Kubernetes API server, and of KServe behind it, as a release asks for: what no test machine can be.
+"""As much of a Kubernetes API server, and of KServe and Kubeflow Trainer behind it, as our steps ask for.
 
 Real clusters are in tests/cluster. This one splits traffic by the Gateway API, refuses what a role does not allow, or
 never gets ready, as its test chooses; the real client talks to it over a real connection. It also answers as the models
-behind its Services: of the users at 127.0.0.1, and of a canary at 127.0.0.2.
+behind its Services: of the users at 127.0.0.1, and of a canary at 127.0.0.2; and what a TrainJob is to run, it runs.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 _SERVICES = "/apis/serving.kserve.io/v1beta1/namespaces/evergreen/inferenceservices"
+_TRAIN_JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/evergreen/trainjobs"
+_OF_SERVICE, _OF_JOB = "serving.kserve.io/inferenceservice", "jobset.sigs.k8s.io/jobset-name"
 _USERS_HOST, _CANARY_HOST = "127.0.0.1", "127.0.0.2"
 _SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
 
@@ -39,6 +41,10 @@ class KubeApi(ThreadingHTTPServer):
         """Paths that end so are answered with 403."""
         self.never_ready: set[str] = set()
         """storageUris whose pods crash."""
+        self.train_jobs: dict[str, dict[str, Any]] = {}
+        self.run_node: Callable[[dict[str, Any]], tuple[int, str]] | None = None
+        """Runs what a TrainJob says: exit status and log. None: there is no node for it."""
+        self.logs: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -63,6 +69,8 @@ class KubeApi(ThreadingHTTPServer):
             return 403, {"message": f"may not {method} {path}"}
         if path.startswith(_SERVICES):
             return self._service(method, path.removeprefix(_SERVICES).strip("/"), body)
+        if path.startswith(_TRAIN_JOBS):
+            return self._train_job(method, path.removeprefix(_TRAIN_JOBS).strip("/"), body)
         found = self._read(path)
         return (404, {"message": f"no {path}"}) if found is None else (200, found)
 
@@ -81,6 +89,25 @@ class KubeApi(ThreadingHTTPServer):
             self.changes.append(f"{method} {name}")
         return 200, self.services.pop(name) if method == "DELETE" else self.services[name]
 
+    def _train_job(self, method: str, name: str, body: Any) -> tuple[int, Any]:
+        if method == "POST":
+            name = body["metadata"]["name"]
+            if name in self.train_jobs:
+                return 409, {"message": f"{name} exists"}
+            self.train_jobs[name] = body
+            if self.run_node is not None:
+                threading.Thread(target=self._run, args=(name, self.run_node), daemon=True).start()
+        elif name not in self.train_jobs:
+            return 404, {"message": f"no TrainJob {name}"}
+        if method != "GET":
+            self.changes.append(f"{method} {name}")
+        return 200, self.train_jobs.pop(name) if method == "DELETE" else self.train_jobs[name]
+
+    def _run(self, name: str, run_node: Callable[[dict[str, Any]], tuple[int, str]]) -> None:
+        code, self.logs[f"{name}-node-0-0"] = run_node(self.train_jobs[name])
+        end = {"type": "Failed" if code else "Complete", "status": "True", "message": f"jobs ended with {code}"}
+        self.train_jobs[name]["status"] = {"conditions": [end]}
+
     def model(self, host: str, body: Any) -> Any:
         """What a model server says of itself, or of the one instance that it is asked about."""
         users = self.services["evergreen"]["spec"]
@@ -98,9 +125,12 @@ class KubeApi(ThreadingHTTPServer):
 
     def _read(self, path: str) -> Any:
         if path.endswith("/pods"):
-            return {"items": [_pod(name, one, self) for name, one in self.services.items()]}
+            servers = [_pod(name, one, self) for name, one in self.services.items()]
+            return {
+                "items": servers + [node for name, job in self.train_jobs.items() for node in _nodes(name, job, self)]
+            }
         if path.endswith("/log"):
-            return "the weights are damaged"
+            return self.logs.get(path.split("/")[-2], "the weights are damaged")
         if path.endswith("/events"):
             return {"items": []}
         if "/services/" in path:
@@ -140,7 +170,7 @@ def _pod(name: str, service: dict[str, Any], api: KubeApi) -> dict[str, Any]:
     return {
         "metadata": {
             "name": f"{name}-predictor-1",
-            "labels": {"serving.kserve.io/inferenceservice": name},
+            "labels": {_OF_SERVICE: name},
             "annotations": {_SOURCE: uri},
         },
         "status": {
@@ -148,6 +178,19 @@ def _pod(name: str, service: dict[str, Any], api: KubeApi) -> dict[str, Any]:
             "containerStatuses": [container],
         },
     }
+
+
+def _nodes(name: str, job: dict[str, Any], api: KubeApi) -> list[dict[str, Any]]:
+    return [
+        {
+            "metadata": {
+                "name": f"{name}-node-0-{index}",
+                "labels": {_OF_JOB: name, "batch.kubernetes.io/job-completion-index": str(index)},
+            },
+            "status": {"phase": "Running" if api.run_node else "Pending"},
+        }
+        for index in range(job["spec"]["trainer"]["numNodes"])
+    ]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -162,9 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             status, answer = self.server.answer(self.command, parts.path, body)
         if status == 200 and parts.path.endswith("/pods"):
-            wanted = parts.query.rpartition("%3D")[2]
-            key = "serving.kserve.io/inferenceservice"
-            answer = {"items": [pod for pod in answer["items"] if pod["metadata"]["labels"][key] == wanted]}
+            key, _, wanted = parse_qs(parts.query)["labelSelector"][0].partition("=")
+            answer = {"items": [pod for pod in answer["items"] if pod["metadata"]["labels"].get(key) == wanted]}
         payload = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -242,6 +242,24 @@ def test_gpu_is_asked_for_by_training_alone_and_only_where_it_was_chosen(folder:
         assert not any("tolerations" in pod for step, pod in pods.items() if step != "train-model")
 
 
+def test_training_on_nodes_of_its_own_is_told_to_the_training_step_alone_which_then_needs_no_gpu(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert "evergreen-data" not in (folder / "training.yaml").read_text()
+    arguments = ["compile", "--out", str(tmp_path), "--image", IMAGE, "--gpu", "--trainer-nodes", "3"]
+    assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
+    for name in ("training", "monitoring"):
+        text = (tmp_path / f"{name}.yaml").read_text()
+        containers = {
+            label: executor["container"] for label, executor in _spec(text)["deploymentSpec"]["executors"].items()
+        }
+        told = {label: container["env"] for label, container in containers.items() if "env" in container}
+        assert told == {"exec-train-model": [{"name": "EVERGREEN_TRAINER_NODES", "value": "3"}]}
+        assert "nvidia.com/gpu" not in text
+        claims = {step: [c["constant"] for c in pod.get("pvcMount", [])] for step, pod in _pods(text).items()}
+        assert [step for step, names in claims.items() if "evergreen-data" in names] == ["train-model"]
+
+
 def test_name_of_the_image_is_the_one_that_the_manifests_have(tmp_path: Path) -> None:
     images = tmp_path / "kustomization.yaml"
     given = {"name": "evergreen-pipeline-python", "newName": "kind-registry:5000/pipeline", "newTag": "abc"}

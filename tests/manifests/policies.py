@@ -26,6 +26,7 @@ ALLOWED_RULES = {
     ("", "pods/log"): {"get"},
     ("", "configmaps"): {"get"},
     ("gateway.networking.k8s.io", "httproutes"): {"get", "list"},
+    ("trainer.kubeflow.org", "trainjobs"): {"get", "create", "delete"},
 }
 SPARK_RULES = {"pods", "services", "configmaps", "persistentvolumeclaims"}
 # KServe's own image, which nobody here has run that way.
@@ -246,9 +247,6 @@ def references_exist(objects: Sequence[Object]) -> list[str]:
         if found["kind"] == "RoleBinding":
             wanted.append((_name(found), found["roleRef"]["kind"], namespace, found["roleRef"]["name"]))
             wanted += [(_name(found), s["kind"], s.get("namespace", namespace), s["name"]) for s in found["subjects"]]
-        if found["kind"] == "TrainJob":
-            reference = found["spec"]["runtimeRef"]
-            wanted.append((_name(found), reference["kind"], namespace, reference["name"]))
     return [
         f"{origin}: {kind} {name} is neither in {namespace} nor given"
         for origin, kind, namespace, name in wanted

@@ -15,7 +15,9 @@ import yaml
 
 from evergreen.cli import cli
 from evergreen.serving import settings
+from evergreen.training.train_job import TrainJobConfig
 from pipelines import recurring
+from pipelines.kubernetes import DATA, DATA_CLAIM
 from tests.manifests.kustomize import COMPONENTS, MANIFESTS, OVERLAYS, VARIANTS, Object, build, find, pods
 
 KUSTOMIZATIONS = sorted(MANIFESTS.rglob("kustomization.yaml"))
@@ -133,7 +135,8 @@ def test_model_and_store_lie_where_a_bundle_has_them() -> None:
 def test_gpu_differs_from_kind_in_what_a_gpu_needs() -> None:
     kind, gpu = build("overlays/kind"), build("overlays/gpu")
     differ = {f"{a['kind']} {a['metadata']['name']}" for a, b in zip(kind, gpu, strict=True) if a != b}
-    assert differ == {"ServingRuntime evergreen", "InferenceService evergreen"}
+    assert differ == {"ServingRuntime evergreen", "InferenceService evergreen", "ConfigMap evergreen-recurring-runs"}
+    assert find(gpu, "ConfigMap", "evergreen-recurring-runs")["data"]["TRAIN_ON_GPU"] == "true"
     assert _parameters(_runtime("overlays/gpu"))["device"] == "cuda"
     assert "evergreen-server-cuda" in _runtime("overlays/gpu")["image"]
     predictor = _predictor("overlays/gpu")
@@ -190,14 +193,15 @@ def test_training_on_many_nodes_runs_the_command_of_one() -> None:
     objects = build("components/distributed-training")
     (pod,) = (pod for pod in pods(objects) if pod.origin.startswith("TrainingRuntime"))
     (container,) = pod.spec["containers"]
-    assert container["command"] == ["torchrun"]
-    launcher, program, *arguments = container["args"]
-    assert (launcher, program) == ("--no-python", "evergreen")  # as the command's own help says
-    options = _parameters({"args": arguments})
-    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
-    assert all(str(options[name]).startswith("/data/") for name in ("training_set", "out", "checkpoint"))
-    assert "/data" in mounts
-    assert find(objects, "TrainJob", "evergreen-train")["spec"]["trainer"]["numNodes"] > 1
+    # As the command's own help says; the TrainJob that a step makes brings the arguments.
+    assert container["command"] == ["torchrun", "--no-python", "evergreen", "train"]
+    assert "args" not in container
+    assert DATA in [mount["mountPath"] for mount in container["volumeMounts"]]
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"] for volume in pod.spec["volumes"] if "emptyDir" not in volume
+    ]
+    assert claims == [DATA_CLAIM]
+    assert find(objects, "TrainingRuntime", TrainJobConfig(num_nodes=2).runtime)["metadata"]["namespace"] == "kubeflow"
 
 
 @pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda path: str(path.parent.relative_to(MANIFESTS)))
@@ -225,6 +229,7 @@ def test_a_file_is_one_object_and_is_named_by_its_kind(path: Path) -> None:
         "references.yaml",
         "stores.yaml",
         "log.yaml",
+        "recurring-runs.yaml",
     ):
         kebab = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", found["kind"]).lower()
         assert path.stem.startswith(kebab)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from evergreen.training import train_job
+from evergreen.training.train_job import TrainJobConfig
 from tests.manifests import schemas
 from tests.manifests.kustomize import VARIANTS, build, find
 
@@ -50,6 +52,15 @@ def test_unknown_field_is_an_error(kind: str, name: str, path: tuple[str | int, 
     (error,) = _errors(found)
     assert "memmory" in error
     assert name in error
+
+
+def test_train_job_of_the_training_step_is_valid() -> None:
+    found = train_job.manifest("train-deepfm-0", ["/data/training_set"], TrainJobConfig(num_nodes=2))
+    found["metadata"]["namespace"] = "kubeflow"
+    assert _errors(found) == []
+    found["spec"]["trainer"]["nodes"] = 2
+    (error,) = _errors(found)
+    assert "nodes" in error
 
 
 def test_wrong_type_is_an_error() -> None:

@@ -24,7 +24,13 @@ _IMAGES = Path("manifests/images/kustomization.yaml")
 )
 @click.option("--image", default=None, help="Name of the steps' image, in its stead.")
 @click.option("--gpu", is_flag=True, help="Train on nodes that have a GPU.")
-def compile_pipelines(out: Path, images: Path, image: str | None, gpu: bool) -> None:
+@click.option(
+    "--trainer-nodes",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Train on so many nodes at once, by Kubeflow Trainer; 0: in the step itself.",
+)
+def compile_pipelines(out: Path, images: Path, image: str | None, gpu: bool, trainer_nodes: int) -> None:
     """Compile the pipelines for a Kubeflow Pipelines server."""
     from components.image import PIPELINE_IMAGE
     from pipelines.kubernetes import compile_for_cluster, image_name
@@ -42,5 +48,5 @@ def compile_pipelines(out: Path, images: Path, image: str | None, gpu: bool) -> 
         ("rollback", rollback_pipeline),
     ):
         target = out / f"{file}.yaml"
-        compile_for_cluster(pipeline, target, image=name, use_gpu=gpu)
+        compile_for_cluster(pipeline, target, image=name, use_gpu=gpu, trainer_nodes=trainer_nodes)
         click.echo(f"{target}")

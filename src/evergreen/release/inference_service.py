@@ -21,9 +21,10 @@ import httpx
 
 from evergreen.contracts.errors import ArtifactError, EvergreenError
 from evergreen.contracts.release import CanaryReport
+from evergreen.kube import is_ready, why_stuck
 from evergreen.release.bundle import ModelStore
 from evergreen.release.canary import CanaryConfig, not_started, run_canary
-from evergreen.release.cluster import Cluster, is_ready, source_of, why_stuck
+from evergreen.release.cluster import Cluster, source_of
 
 VERSION_LABEL = "evergreen/model-version"
 

@@ -24,7 +24,8 @@ from evergreen.contracts.errors import ArtifactError, TrainingError
 from evergreen.contracts.mapping import LogKind
 from evergreen.contracts.training_set import TrainingSet
 from evergreen.models.package import ModelPackage
-from evergreen.training.trainer import TrainingConfig, train_model
+from evergreen.training.config import TrainingConfig
+from evergreen.training.trainer import Train, train_model
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def retrain(
     config: TrainingConfig,
     incumbent: ModelPackage | None = None,
     changed_at: datetime | None = None,
+    train: Train = train_model,
 ) -> Retrained:
     """Train a model in every way that there is, and keep the one that validates best.
 
@@ -78,6 +80,7 @@ def retrain(
         config: which model, and how.
         incumbent: what serves; a start where it is a model of the same name that reads the same features.
         changed_at: since when the world is another one; None: nothing is known of a change.
+        train: trains one model: here, or on other machines.
 
     Raises:
         TrainingError: not even a model from scratch can be trained.
@@ -86,7 +89,7 @@ def retrain(
     with atomic_directory(Path(out)) as scratch:
         folder = scratch.parent / f"{scratch.name}-ways"
         try:
-            tried = [_try(Way.SCRATCH, training_set, folder, config)]
+            tried = [_try(Way.SCRATCH, training_set, folder, config, train)]
             newest = training_set
             if changed_at is not None and start < changed_at < end:
                 try:
@@ -94,9 +97,9 @@ def retrain(
                 except ArtifactError as error:  # what was broken since then is left out, and that may be all
                     tried.append((Candidate(Way.SINCE_CHANGE, 0, None, str(error)), None))
                 else:
-                    tried.append(_try(Way.SINCE_CHANGE, newest, folder, config))
+                    tried.append(_try(Way.SINCE_CHANGE, newest, folder, config, train))
             if incumbent is not None and incumbent.info.name == config.model:
-                tried.append(_try(Way.WARM_START, newest, folder, config, incumbent))
+                tried.append(_try(Way.WARM_START, newest, folder, config, train, incumbent))
             trained = [(candidate, package) for candidate, package in tried if package is not None]
             if not trained:
                 raise TrainingError(tried[0][0].reason)
@@ -151,11 +154,16 @@ def rows_since(training_set: TrainingSet, start: datetime, out: Path) -> Trainin
 
 
 def _try(
-    way: Way, training_set: TrainingSet, folder: Path, config: TrainingConfig, incumbent: ModelPackage | None = None
+    way: Way,
+    training_set: TrainingSet,
+    folder: Path,
+    config: TrainingConfig,
+    train: Train,
+    incumbent: ModelPackage | None = None,
 ) -> tuple[Candidate, ModelPackage | None]:
     rows = training_set.manifest.splits["train"].rows
     try:
-        package = train_model(training_set, folder / way.name.lower(), config=config, warm_start=incumbent)
+        package = train(training_set, folder / way.name.lower(), config=config, warm_start=incumbent)
     except (TrainingError, ArtifactError) as error:
         # The next way may still work: a short time has no click, and a model that reads other features is no start.
         return Candidate(way, rows, None, str(error)), None

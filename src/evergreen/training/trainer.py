@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ from evergreen.training.model_card import model_card
 from evergreen.training.task import Examples
 from evergreen.training.warm_start import check_warm_start, take_weights
 
-__all__ = ["TrainingConfig", "train_model"]
+__all__ = ["Train", "TrainingConfig", "train_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,14 @@ _READ_ROWS = 131_072
 _METRIC_ROWS = 50_000
 _MIN_OUTCOMES = 100
 """Known outcomes below which there is no second task to learn."""
+
+
+class Train(Protocol):
+    """Trains one model; `train_model` where it is called."""
+
+    def __call__(  # noqa: D102
+        self, training_set: TrainingSet, out: Path, /, *, config: TrainingConfig, warm_start: ModelPackage | None = None
+    ) -> ModelPackage: ...
 
 
 def train_model(

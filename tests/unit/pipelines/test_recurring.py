@@ -67,6 +67,24 @@ def test_what_is_declared_otherwise_is_replaced_and_the_rest_stays(server: KfpSe
         assert after["evergreen-training"] == before["evergreen-training"]
 
 
+def test_runs_train_where_the_config_map_says(server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def training_pod() -> tuple[dict[str, Any], list[str]]:
+        spec = run(server)["evergreen-training"]["pipeline_spec"]
+        container = spec["pipeline_spec"]["deploymentSpec"]["executors"]["exec-train-model"]["container"]
+        pod = spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-train-model"]
+        return container, [claim["constant"] for claim in pod.get("pvcMount", [])]
+
+    monkeypatch.setenv("TRAIN_ON_GPU", "false")
+    monkeypatch.setenv("TRAINER_NODES", "0")
+    container, claims = training_pod()
+    assert "accelerator" not in container["resources"] and claims == []
+    monkeypatch.setenv("TRAIN_ON_GPU", "true")
+    assert "accelerator" in training_pod()[0]["resources"]
+    monkeypatch.setenv("TRAINER_NODES", "2")
+    container, claims = training_pod()
+    assert "accelerator" not in container["resources"] and claims == ["evergreen-data"]
+
+
 def test_double_is_removed_and_runs_of_others_are_left_alone(server: KfpServer) -> None:
     runs = run(server)
     server.add_recurring_run(runs["evergreen-training"])  # as two Jobs at once would leave it
