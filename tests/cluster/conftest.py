@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +68,20 @@ def models() -> Iterator[Path]:
         for namespace in (SERVING, STEPS):
             delete_namespace(namespace)
         kubectl("delete", "clusterstoragecontainer", "evergreen", "--ignore-not-found")
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A folder that the steps' user may write to; not in /tmp, where a step has a volume of its own."""
+    before = os.umask(0)
+    folder = Path(tempfile.mkdtemp(prefix="evergreen-", dir="/var/tmp"))
+    folder.chmod(0o777)
+    yield folder
+    os.umask(before)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def evergreen() -> Path:
+    """The command."""
+    return Path(sys.executable).with_name("evergreen")

@@ -120,7 +120,8 @@ class StepPods:
                             },
                             "limits": {"cpu": asked["resourceCpuLimit"], "memory": asked["resourceMemoryLimit"]},
                         },
-                        "env": [
+                        "env": container.get("env", [])
+                        + [
                             {"name": variable, "valueFrom": {kind: {"name": source, "key": key, "optional": optional}}}
                             for source, kind, key, variable, optional in places
                         ],

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,19 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def work() -> Iterator[Path]:
-    """A folder that the steps' user may write to; not in /tmp, where a step has a volume of its own."""
-    before = os.umask(0)
-    folder = Path(tempfile.mkdtemp(prefix="evergreen-", dir="/var/tmp"))
-    folder.chmod(0o777)
-    yield folder
-    os.umask(before)
-    shutil.rmtree(folder)
-
-
-def test_training_pipeline_runs_in_pods_and_its_model_answers(models: Path, work: Path) -> None:
-    evergreen = Path(sys.executable).with_name("evergreen")
+def test_training_pipeline_runs_in_pods_and_its_model_answers(models: Path, work: Path, evergreen: Path) -> None:
     run(evergreen, "compile", "--out", work)
     size = ("--num-users=300", "--num-items=60", "--num-days=6", "--events-per-day=2000", "--click-rate=0.1")
     run(evergreen, "simulate", "log", "--out", work / "log", *size)

@@ -143,7 +143,8 @@ class DecisionConfig(JsonModel):
     max_age: timedelta = timedelta(days=7)
     """Of what the model knows. Weekly is the common schedule; the other triggers are there to be faster than it."""
     new_rows_factor: float = Field(default=1.0, gt=0)
-    """So many times the rows that the model was trained on have matured since: it has seen half of what there is."""
+    """So many times the rows that the model was trained on have matured since: it has seen half of what there is. After
+    a collapse of quality what came before it does not count; then it is time, not rows."""
 
     # May we?
     min_new_rows: int = Field(default=1000, ge=0)
@@ -153,7 +154,8 @@ class DecisionConfig(JsonModel):
     max_run_time: timedelta = timedelta(hours=12)
     """A run that has not ended by then is taken for dead; else a crash would end all retraining."""
     budget: int = Field(default=3, ge=1)
-    """Runs in seven days: below half of what daily retraining costs, whatever the triggers say."""
+    """Runs in seven days, or since quality collapsed if that is less: below half of what daily retraining costs,
+    whatever the triggers say. What was spent on a world that is gone does not stand against learning the new one."""
 
 
 class Trigger(JsonModel):
@@ -170,6 +172,8 @@ class Trigger(JsonModel):
     """The value is at or beyond the threshold in this window, and not by chance."""
     windows: int = 0
     """Windows in a row in which it is, this one included; those that overlap count once."""
+    severe: bool = False
+    """Raised, and so far beyond the threshold that one window is enough."""
     fired: bool
     """Raised, and no guard of its own holds it back."""
     reason: str
@@ -199,6 +203,8 @@ class PastDecision(JsonModel):
     verdict: Verdict
     raised: tuple[TriggerName, ...]
     """Triggers, fired or not."""
+    severe: tuple[TriggerName, ...] = ()
+    """Of these the ones that need no second window to be believed."""
 
 
 class RunRecord(JsonModel):
@@ -268,6 +274,7 @@ class RetrainDecision(JsonModel):
             model_version=self.report.model_version,
             verdict=self.verdict,
             raised=tuple(sorted({trigger.name for trigger in self.triggers if trigger.raised})),
+            severe=tuple(sorted({trigger.name for trigger in self.triggers if trigger.severe})),
         )
 
 

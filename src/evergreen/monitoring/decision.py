@@ -26,7 +26,7 @@ from evergreen.contracts.decision import (
     Window,
 )
 from evergreen.contracts.monitoring_report import DriftStatus, MonitoringReport
-from evergreen.monitoring.decision_history import Past, relevant_history
+from evergreen.monitoring.decision_history import OF_QUALITY, Past, collapsed_at, relevant_history
 from evergreen.monitoring.triggers import (
     Wish,
     alarms,
@@ -35,8 +35,6 @@ from evergreen.monitoring.triggers import (
     release_trigger,
     time_wishes,
 )
-
-_OF_QUALITY = {TriggerName.QUALITY, TriggerName.CALIBRATION}
 
 
 def decide(
@@ -71,7 +69,7 @@ def decide(
     triggers = (*alarms(report, config), release, *(trigger for trigger, _ in judged))
     guards = (
         *(guard for _, own in judged for guard in own),
-        *_run_guards(report, past, config, tuple(w.name for w in wishes)),
+        *_run_guards(report, past, config, judged),
     )
     verdict, reason = _verdict(triggers, guards)
     broken = [Window(start=p.start, end=p.end) for p in past.decisions if p.verdict is Verdict.ALARM]
@@ -96,15 +94,19 @@ def changed_at(decision: RetrainDecision) -> datetime | None:
     """Since when clicks follow other rules than before; None: nothing is known of a change.
 
     It is the start of the first of the windows in a row in which quality was worse, the last time that this has led to
-    a training: now, or as far back as the decision's history goes. What else moved may have moved without any change of
-    the rules.
+    a training: now, or as far back as the decision's history goes. Where quality collapsed in one of them, it is the
+    start of that one: before it a model was somewhat off, as models are, and one that has learned the new rules from a
+    day of them is so again. What else moved may have moved without any change of the rules.
     """
     past = [record for record in decision.history if isinstance(record, PastDecision)]
     windows = sorted([*past, decision.record()], key=lambda window: window.as_of)
+    collapsed = collapsed_at(windows)
+    if collapsed is not None and any(w.verdict is Verdict.RETRAIN and w.end > collapsed for w in windows):
+        return collapsed
     start: datetime | None = None
     found: datetime | None = None
     for window in windows:
-        is_worse = not _OF_QUALITY.isdisjoint(window.raised)
+        is_worse = not OF_QUALITY.isdisjoint(window.raised)
         start = (start or window.start) if is_worse else None
         if is_worse and window.verdict is Verdict.RETRAIN:
             found = start
@@ -147,6 +149,7 @@ def _judge(wish: Wish, past: Past, config: DecisionConfig) -> tuple[Trigger, lis
         threshold=wish.threshold,
         raised=wish.raised,
         windows=windows,
+        severe=wish.severe,
         fired=wish.raised and not any(guard.blocks for guard in guards),
         reason=wish.reason,
     )
@@ -160,9 +163,21 @@ def _guard(
 
 
 def _run_guards(
-    report: MonitoringReport, past: Past, config: DecisionConfig, wishes: tuple[TriggerName, ...]
+    report: MonitoringReport, past: Past, config: DecisionConfig, judged: Sequence[tuple[Trigger, list[Guard]]]
 ) -> list[Guard]:
     """What stands against a training, whatever calls for it."""
+    wishes = tuple(trigger.name for trigger, _ in judged)
+    now = PastDecision(
+        as_of=past.as_of,
+        start=report.start,
+        end=report.end,
+        model_version=report.model_version,
+        verdict=Verdict.KEEP,
+        raised=tuple(trigger.name for trigger, _ in judged if trigger.raised),
+        severe=tuple(trigger.name for trigger, _ in judged if trigger.severe),
+    )
+    collapsed = collapsed_at([*past.decisions, now])
+    counted = [run for run in past.recent_runs if collapsed is None or run.started_at > collapsed]
     new_rows = report.quality.new_matured_rows if report.quality else None
     since = past.as_of - past.last_change if past.last_change is not None else None
     return [
@@ -195,10 +210,15 @@ def _run_guards(
         Guard(
             name=GuardName.BUDGET,
             triggers=wishes,
-            value=len(past.recent_runs),
+            value=len(counted),
             threshold=config.budget,
-            blocks=len(past.recent_runs) >= config.budget,
-            reason=f"{len(past.recent_runs)} runs began in the last seven days",
+            blocks=len(counted) >= config.budget,
+            reason=f"{len(counted)} runs began in the last seven days"
+            + (
+                f" after quality collapsed on {collapsed:%Y-%m-%d %H:%M}"
+                if len(counted) < len(past.recent_runs)
+                else ""
+            ),
         ),
     ]
 

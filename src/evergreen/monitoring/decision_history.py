@@ -18,6 +18,10 @@ from evergreen.contracts.decision import (
 )
 from evergreen.contracts.monitoring_report import MonitoringReport
 
+OF_QUALITY = frozenset({TriggerName.QUALITY, TriggerName.CALIBRATION})
+"""Triggers that say that the model has become worse."""
+
+_NOT_OF_THE_WORLD = {Verdict.ALARM, Verdict.ROLLBACK}
 _WEEK = timedelta(days=7)
 _DAY = timedelta(days=1)
 _SEASON_TOLERANCE = timedelta(hours=12)
@@ -58,6 +62,23 @@ def relevant_history(
     return tuple(sorted(kept, key=_order))
 
 
+def collapsed_at(windows: Sequence[PastDecision]) -> datetime | None:
+    """Start of the last window in which quality was severely worse, of several in a row the first; None: it never was.
+
+    What was broken data or a bad release does not count.
+
+    Args:
+        windows: oldest first.
+    """
+    found, before = None, False
+    for window in windows:
+        is_severe = window.verdict not in _NOT_OF_THE_WORLD and not OF_QUALITY.isdisjoint(window.severe)
+        if is_severe and not before:
+            found = window.start
+        before = is_severe
+    return found
+
+
 def _order(record: HistoryRecord) -> tuple[datetime, str]:
     """By time; records of one moment in an order of their own, whatever the history's is."""
     return happened_at(record), record.model_dump_json()
@@ -73,6 +94,7 @@ class Past:
         self.decisions = [r for r in history if isinstance(r, PastDecision)]
         runs = [r for r in history if isinstance(r, RunRecord)]
         releases = [r for r in history if isinstance(r, ReleaseRecord)]
+        self.collapsed = collapsed_at(self.decisions)
         self.release = releases[-1] if releases else None
         self.model = next((r for r in reversed(releases) if r.model_version == report.model_version), None)
         self.recent_runs = [r for r in runs if r.started_at > as_of - _WEEK]

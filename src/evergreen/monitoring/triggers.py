@@ -288,9 +288,7 @@ def _agreement(report: MonitoringReport, config: DecisionConfig) -> str | None:
 def time_wishes(report: MonitoringReport, past: Past, config: DecisionConfig) -> list[Wish]:
     """Is the model old, or has it seen little of what there is?"""
     age = past.as_of - report.trained_as_of if report.trained_as_of is not None else None
-    new_rows = report.quality.new_matured_rows if report.quality else None
-    train_rows = past.model.train_rows if past.model else None
-    share = new_rows / train_rows if new_rows is not None and train_rows else None
+    unseen, words = _share_unseen(report, past)
     return [
         Wish(
             name=TriggerName.SCHEDULE,
@@ -303,11 +301,25 @@ def time_wishes(report: MonitoringReport, past: Past, config: DecisionConfig) ->
         ),
         Wish(
             name=TriggerName.NEW_ROWS,
-            value=share,
+            value=unseen,
             threshold=config.new_rows_factor,
-            raised=share is not None and share >= config.new_rows_factor,
-            reason=f"{new_rows} rows have matured since, it was trained on {train_rows}"
-            if share is not None
-            else "not known how many rows the model was trained on, or how many are new",
+            raised=unseen is not None and unseen >= config.new_rows_factor,
+            reason=words,
         ),
     ]
+
+
+def _share_unseen(report: MonitoringReport, past: Past) -> tuple[float | None, str]:
+    """How much there is that the model has not seen, as a multiple of what it has; and in words.
+
+    Where quality has collapsed, it has seen what came then: rows of the world before teach what is no longer so.
+    """
+    collapsed, trained = past.collapsed, report.trained_as_of
+    if collapsed is not None and trained is not None and trained > collapsed:
+        share = (past.as_of - trained) / (trained - collapsed)
+        return share, f"the model knows {trained - collapsed} of the {past.as_of - collapsed} since quality collapsed"
+    new_rows = report.quality.new_matured_rows if report.quality else None
+    train_rows = past.model.train_rows if past.model else None
+    if new_rows is None or not train_rows:
+        return None, "not known how many rows the model was trained on, or how many are new"
+    return new_rows / train_rows, f"{new_rows} rows have matured since, it was trained on {train_rows}"

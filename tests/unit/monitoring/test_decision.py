@@ -136,10 +136,18 @@ def report(
     )
 
 
-def past(days: float, *raised: TriggerName, verdict: Verdict = Verdict.KEEP, version: str = "m2") -> PastDecision:
+def past(
+    days: float,
+    *raised: TriggerName,
+    verdict: Verdict = Verdict.KEEP,
+    version: str = "m2",
+    severe: tuple[TriggerName, ...] = (),
+) -> PastDecision:
     """A decision on the day that ended so many days ago."""
     at = NOW - days * DAY
-    return PastDecision(as_of=at, start=at - DAY, end=at, model_version=version, verdict=verdict, raised=raised)
+    return PastDecision(
+        as_of=at, start=at - DAY, end=at, model_version=version, verdict=verdict, raised=raised, severe=severe
+    )
 
 
 def guard(decision: RetrainDecision, name: GuardName, trigger: TriggerName | None = None) -> bool:
@@ -266,6 +274,31 @@ def test_severe_loss_of_one_window_is_a_change_in_that_window() -> None:
     assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - DAY
 
 
+COLLAPSE = quality(change=9.0)
+COLLAPSED = {"severe": (TriggerName.QUALITY,), "verdict": Verdict.RETRAIN, "version": "m1"}
+
+
+def test_change_is_the_collapse_and_not_the_slight_loss_before_it() -> None:
+    decision = decide(report(quality=COLLAPSE), [past(2, TriggerName.CALIBRATION), YESTERDAY], as_of=NOW)
+    assert decision.record().severe == (TriggerName.QUALITY,)
+    assert changed_at(decision) == NOW - DAY
+
+
+def test_slight_loss_after_a_collapse_is_of_the_model_and_no_second_change() -> None:
+    collapse = past(4, TriggerName.QUALITY, **COLLAPSED)
+    decision = decide(report(quality=WORSE), [collapse, past(3), YESTERDAY], as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - 5 * DAY
+    again = decide(report(quality=COLLAPSE), [collapse, past(3), past(1)], as_of=NOW)
+    assert changed_at(again) == NOW - DAY
+
+
+@pytest.mark.parametrize("verdict", [Verdict.ROLLBACK, Verdict.ALARM])
+def test_collapse_by_a_bad_release_or_broken_data_is_no_change(verdict: Verdict) -> None:
+    bad = past(4, TriggerName.QUALITY, **COLLAPSED | {"verdict": verdict})
+    decision = decide(report(quality=quality(), age=7 * DAY), [bad, past(1)], as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) is None
+
+
 def test_worse_quality_that_retrains_nothing_is_no_change() -> None:
     decision = decide(report(quality=WORSE), [past(1)], as_of=NOW)
     assert decision.trigger(TriggerName.QUALITY).raised and decision.verdict is Verdict.KEEP
@@ -375,6 +408,18 @@ def test_as_many_new_rows_as_it_was_trained_on_retrain() -> None:
     release = ReleaseRecord(model_version="m2", released_at=NOW - 5 * DAY, train_rows=50_000)
     assert decide(report(quality=quality(new_rows=49_999)), [release], as_of=NOW).verdict is Verdict.KEEP
     assert decide(report(quality=quality(new_rows=50_000)), [release], as_of=NOW).verdict is Verdict.RETRAIN
+
+
+def test_after_a_collapse_only_what_came_then_counts_as_seen() -> None:
+    trained = report(quality=quality(new_rows=20_000), age=2 * DAY)
+    release = ReleaseRecord(model_version="m2", released_at=NOW - 2 * DAY, train_rows=500_000)
+    one_day_known = [past(2, TriggerName.QUALITY, **COLLAPSED), release]
+    decision = decide(trained, one_day_known, as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN
+    assert "the model knows 1 day, 0:00:00 of the 3 days, 0:00:00 since quality collapsed" in decision.reason
+    four_days_known = [past(5, TriggerName.QUALITY, **COLLAPSED), release]
+    assert decide(trained, four_days_known, as_of=NOW).verdict is Verdict.KEEP
+    assert decide(trained, [release], as_of=NOW).verdict is Verdict.KEEP
 
 
 # Broken data.
@@ -573,6 +618,17 @@ def test_guard_holds_a_training_back_and_says_so(history: list[HistoryRecord], n
     decision = decide(report(quality=WORSE, age=30 * DAY), [YESTERDAY, *history], as_of=NOW)
     assert decision.verdict is Verdict.KEEP and guard(decision, name)
     assert decision.reason.startswith("quality, schedule would retrain, held back by") and name in decision.reason
+
+
+def test_budget_spent_before_a_collapse_does_not_stand_against_learning_what_came_then() -> None:
+    spent = [run(30, "a"), run(60, "b"), run(100, "c")]
+    decision = decide(report(quality=COLLAPSE), spent, as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN and not guard(decision, GuardName.BUDGET)
+    collapse = past(3, TriggerName.QUALITY, **COLLAPSED)
+    since = [collapse, *(run(hours, str(hours)) for hours in (72, 50, 26))]
+    held = decide(report(quality=WORSE), [run(100, "before"), *since, YESTERDAY], as_of=NOW)
+    assert held.verdict is Verdict.KEEP and guard(held, GuardName.BUDGET)
+    assert "3 runs began in the last seven days after quality collapsed on 2026-03-05" in held.reason
 
 
 @pytest.mark.parametrize(
