@@ -29,7 +29,7 @@ DAYS = {
     "broken-feature": 8,
     "logging-outage": 7,
     "click-outage": 7,
-    "stable": 30,
+    "stable": 60,
     "seasonal": 28,
     "slow-fade": 14,
     "new-catalogue": 12,

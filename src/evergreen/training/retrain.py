@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -30,8 +31,9 @@ from evergreen.training.trainer import Train, train_model
 logger = logging.getLogger(__name__)
 
 MIN_GAIN = 0.01
-"""Share by which another way must validate better than a model from scratch on all rows. Validation rows are what the
-incumbent chose to show, and few: what knows more rows knows more of the items that were not shown there."""
+"""Share by which another way must validate better than the usual one. Validation rows are what the incumbent chose to
+show, and few. So what knows more rows knows more of the items that were not shown there; and where the world has
+changed, what was learned from the old one is wrong about them, however little of it the validation rows show."""
 
 
 class Way(StrEnum):
@@ -112,13 +114,17 @@ def retrain(
     return Retrained(ModelPackage.load(Path(out)), best.way, tuple(candidate for candidate, _ in tried))
 
 
-def _best(trained: list[tuple[Candidate, ModelPackage]]) -> tuple[Candidate, ModelPackage]:
-    """The first, unless another one is better by more than chance and more rows would explain."""
-    first, *others = trained
+def _best(trained: Sequence[tuple[Candidate, ModelPackage]]) -> tuple[Candidate, ModelPackage]:
+    """The usual way, unless another one is better by more than chance would explain.
+
+    Usual are all rows, from scratch; after a change the rows since then.
+    """
+    ways = {candidate.way: (candidate, package) for candidate, package in trained}
+    usual = ways.get(Way.SINCE_CHANGE) or ways.get(Way.SCRATCH)
     best = min(trained, key=lambda pair: pair[0].value if pair[0].value is not None else math.inf)
-    if first[0].value is None or best[0].value is None:
-        return best if best[0].value is not None else first
-    return best if others and best[0].value < first[0].value * (1 - MIN_GAIN) else first
+    if usual is None or usual[0].value is None or best[0].value is None:
+        return best
+    return best if best[0].value < usual[0].value * (1 - MIN_GAIN) else usual
 
 
 def rows_since(training_set: TrainingSet, start: datetime, out: Path) -> TrainingSet:
