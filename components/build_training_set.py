@@ -13,6 +13,7 @@ def build_training_set(
     feature_tables: dsl.Input[dsl.Dataset],
     start: str,
     leave_out: list,
+    changed_at: str,
     batch_hours: float,
     seed: int,
     training_set: dsl.Output[dsl.Dataset],
@@ -24,6 +25,8 @@ def build_training_set(
         feature_tables: its feature tables.
         start: ISO 8601 time; earlier rows are not learned from, features know them all the same. Empty: all rows.
         leave_out: half-open ranges of time, ISO 8601 pairs, in which the data was broken.
+        changed_at: ISO 8601 time since which the world is another: enough of what came since is left to learn from.
+            Empty: it is the same.
         batch_hours: how often the features that serve are materialized, from midnight (UTC) on: rows then know what the
             server knew. 0: features are streamed.
         seed: of the drawn negatives, for a log of interactions only.
@@ -51,6 +54,7 @@ def build_training_set(
             start=datetime.fromisoformat(start) if start else None,
             leave_out=[(datetime.fromisoformat(first), datetime.fromisoformat(end)) for first, end in leave_out],
             batch=timedelta(hours=batch_hours) if batch_hours else None,
+            changed_at=datetime.fromisoformat(changed_at) if changed_at else None,
         )
     for split, info in result.manifest.splits.items():
         training_set.metadata[f"{split}_rows"] = info.rows

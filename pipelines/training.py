@@ -81,6 +81,7 @@ def model_steps(
         seed=seed,
         start=start,
         leave_out=leave_out,
+        changed_at=changed_at,
         batch_hours=batch_hours,
     )
     rows = built.outputs["training_set"]

@@ -277,3 +277,21 @@ def test_rows_of_an_hourly_batch_know_more_than_those_of_a_daily_one(
         batch = build_training_set(snapshot, tables, store, out, seed=1, batch=timedelta(hours=hours))
         events[hours] = _all_rows(batch, ["user_events_7d"])["user_events_7d"].fill_null(0).to_numpy()
     assert events[1].sum() > events[24].sum()
+
+
+def test_after_a_change_most_of_what_came_since_is_left_to_learn_from(tmp_path: Path) -> None:
+    _log(tmp_path / "log.parquet", 1200)
+    mapping = Mapping.load(READING + '[split]\nvalidation_span = "1d"\ntest_span = "1d"\n')
+    as_of = START + timedelta(days=20)
+    snapshot = ingest_log(mapping, str(tmp_path / "log.parquet"), tmp_path / "snapshot", as_of=as_of)
+    tables = build_feature_tables(snapshot, tmp_path / "tables")
+
+    def spans(changed_at: datetime | None) -> list[timedelta]:
+        built = build_training_set(snapshot, tables, Joined(tables), tmp_path / f"{changed_at}", changed_at=changed_at)
+        assert all(built.read(split).num_rows for split in SPLITS)
+        validation, test = (built.manifest.splits[split].start for split in SPLITS[1:])
+        return [test - validation, as_of - test]
+
+    day = timedelta(days=1)
+    assert spans(None) == spans(as_of - 7 * day) == [day, day]
+    assert spans(as_of - 3 * day) == [day / 2, day / 2]

@@ -329,6 +329,7 @@ class Arm:
             start=as_of - timedelta(days=self.config.training_days),
             leave_out=[(window.start, window.end) for window in broken],
             batch=self.config.window,
+            changed_at=changed_at(decision) if decision is not None else None,
         )
 
     def _canary(self, challenger: ModelPackage, incumbent: ModelPackage, gate: GateReport | None) -> CanaryReport:

@@ -36,7 +36,7 @@ from evergreen.contracts.training_set import (
 from evergreen.features.columns import feature_columns
 from evergreen.features.point_in_time import items_as_of
 from evergreen.training.negatives import draw_negatives
-from evergreen.training.split import SplitBoundaries, split_boundaries
+from evergreen.training.split import SplitBoundaries, split_boundaries, with_spans_of_at_most
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def build_training_set(
     start: datetime | None = None,
     leave_out: Sequence[tuple[datetime, datetime]] = (),
     batch: timedelta | None = None,
+    changed_at: datetime | None = None,
 ) -> TrainingSet:
     """Join, split and write the training set of a snapshot.
 
@@ -114,6 +115,8 @@ def build_training_set(
         batch: how often the features that serve are materialized, counted from midnight (UTC): a row then knows what
             was known at the last time before it, as the server will. None: what was known just before it, as where
             features are streamed.
+        changed_at: since when the world is another one. Of the time since then a split with a span takes a sixth at
+            most, or nothing of what is new would be left to learn from. None: nothing is known of a change.
 
     Raises:
         TrainingError: a split is empty, or no feature says anything.
@@ -125,7 +128,10 @@ def build_training_set(
         )
     rows = rows_to_learn_from(snapshot, tables, seed=seed).chosen(start=start, leave_out=leave_out)
     time = _micros(rows.table)
-    boundaries = split_boundaries(time, snapshot.mapping.split, as_of=snapshot.as_of, leave_out=leave_out)
+    split = snapshot.mapping.split
+    if changed_at is not None:
+        split = with_spans_of_at_most(split, (snapshot.as_of - changed_at) / 6)
+    boundaries = split_boundaries(time, split, as_of=snapshot.as_of, leave_out=leave_out)
     table = rows.table.filter(pa.array(boundaries.assign(time) >= 0))
     left_out = dict(rows.left_out)
     if embargoed := rows.table.num_rows - table.num_rows:
@@ -135,7 +141,7 @@ def build_training_set(
         out,
         boundaries=boundaries,
         snapshot_id=snapshot.id,
-        mapping=snapshot.mapping,
+        mapping=snapshot.mapping.model_copy(update={"split": split}),
         as_of=snapshot.as_of,
         service=service,
         left_out=left_out,

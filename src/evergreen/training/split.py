@@ -80,6 +80,16 @@ def split_boundaries(
     return boundaries
 
 
+def with_spans_of_at_most(split: Split, span: timedelta) -> Split:
+    """The same cuts with shorter spans; a fraction stays a fraction, and so does what is short enough."""
+    longer = {
+        name: span
+        for name in ("validation_span", "test_span")
+        if (given := getattr(split, name)) is not None and given > span > timedelta(0)
+    }
+    return split.model_copy(update=longer)
+
+
 def _back(end: int, span: timedelta, missing: Sequence[tuple[int, int]]) -> int:
     """The moment from which on there is a span of time before `end` that is not missing."""
     left = span // timedelta(microseconds=1)
