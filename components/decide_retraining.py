@@ -7,7 +7,12 @@ from components.image import PIPELINE_IMAGE
 
 @dsl.component(base_image=PIPELINE_IMAGE, install_kfp_package=False)
 def decide_retraining(
-    report: dsl.Input[dsl.Artifact], state: str, as_of: str, config: dict, decision: dsl.Output[dsl.Artifact]
+    report: dsl.Input[dsl.Artifact],
+    state: str,
+    as_of: str,
+    training_days: int,
+    config: dict,
+    decision: dsl.Output[dsl.Artifact],
 ) -> str:
     """Keep, retrain, alarm or roll back: a pure function of the report, the history and the moment.
 
@@ -17,12 +22,13 @@ def decide_retraining(
         report: of the window.
         state: folder of the loop; its history is read, and the decision is added.
         as_of: ISO 8601 time of the decision.
+        training_days: how many days before `as_of` a training would learn from.
         config: thresholds of `DecisionConfig` that are not its defaults.
         decision: RetrainDecision.
     """
     import logging
     import shutil
-    from datetime import datetime
+    from datetime import datetime, timedelta
     from pathlib import Path
 
     from evergreen.contracts.decision import DecisionConfig
@@ -38,7 +44,7 @@ def decide_retraining(
             MonitoringReport.read(Path(report.path)),
             loop_history(loop),
             as_of=moment,
-            config=DecisionConfig.model_validate(config),
+            config=DecisionConfig.model_validate({"training_window": timedelta(days=training_days), **config}),
         )
         put(loop.decision(moment), made)
         shutil.copyfile(loop.decision(moment), decision.path)

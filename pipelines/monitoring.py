@@ -236,7 +236,13 @@ def monitoring_pipeline(
         model_store=model_store,
         model_store_path=model_store_path,
     ).after(monitored)
-    decided = decide_retraining(report=monitored.outputs["report"], state=state, as_of=moment, config=decision_config)
+    decided = decide_retraining(
+        report=monitored.outputs["report"],
+        state=state,
+        as_of=moment,
+        training_days=training_days,
+        config=decision_config,
+    )
     decision = decided.outputs["decision"]
     with dsl.If(decided.outputs["Output"] == "retrain", name="retrain"):
         started = start_run(decision=decision, state=state, as_of=moment, training_days=training_days, models=models)

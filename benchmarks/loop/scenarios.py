@@ -70,7 +70,7 @@ def live(run: Run, work: Path, days: int) -> ArmResults:
     folder = work / run.name
     shutil.rmtree(folder, ignore_errors=True)
     start = prepare(config, folder / "start")
-    arm = Arm(config, start, policy_of(run.policy), folder / "arm", InProcess)
+    arm = Arm(config, start, policy_of(run.policy, config.decision), folder / "arm", InProcess)
     lived = tuple(arm.run())
     results = ArmResults(policy=run.policy, days=lived, wall_seconds=time.perf_counter() - began)
     shutil.rmtree(folder)

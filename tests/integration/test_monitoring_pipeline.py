@@ -108,7 +108,7 @@ def run_evening(made: Made, state: Path, out: Path) -> None:
         metrics=dsl.Metrics("metrics"),
         **at,
     )
-    verdict = decide_retraining.python_func(report=report, config=EAGER, decision=decision, **at)
+    verdict = decide_retraining.python_func(report=report, training_days=28, config=EAGER, decision=decision, **at)
     assert verdict == "retrain"
     start_run.python_func(decision=decision, training_days=28, models=[], incumbent=incumbent, **at)
     passed = gate_challenger.python_func(

@@ -71,12 +71,14 @@ def backtest(
     from evergreen.contracts.decision import DecisionConfig
     from evergreen.laboratory.backtest import backtest as run_backtest
     from evergreen.laboratory.backtest_results import RESULTS_FILE, BacktestConfig
-    from evergreen.laboratory.policies import Ours, policy_of
+    from evergreen.laboratory.policies import policy_of
 
     start = time.perf_counter()
-    decision = DecisionConfig(max_age=max_age) if max_age else DecisionConfig()
+    decision = DecisionConfig(training_window=timedelta(days=window_days))
+    if max_age:
+        decision = decision.model_copy(update={"max_age": max_age})
     names = [name.strip() for name in policies.split(",") if name.strip()]
-    chosen = [Ours(decision) if name == "ours" else policy_of(name) for name in names]
+    chosen = [policy_of(name, decision) for name in names]
     config = BacktestConfig(
         model=model,
         seed=seed,

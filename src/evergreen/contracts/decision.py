@@ -143,8 +143,10 @@ class DecisionConfig(JsonModel):
     max_age: timedelta = timedelta(days=7)
     """Of what the model knows. Weekly is the common schedule; the other triggers are there to be faster than it."""
     new_rows_factor: float = Field(default=1.0, gt=0)
-    """So many times the rows that the model was trained on have matured since: it has seen half of what there is. After
-    a collapse of quality what came before it does not count; then it is time, not rows."""
+    """A training would have so many times more rows than the model was trained on: it has seen half of what there is.
+    After a collapse of quality what came before it does not count; then it is time, not rows."""
+    training_window: timedelta | None = None
+    """How far back a training reaches: what is older is not there to be learned. Null: all of the log."""
 
     # May we?
     min_new_rows: int = Field(default=1000, ge=0)

@@ -123,7 +123,7 @@ def _live(config: LoopConfig, start: Start, policy: str, out: Path, told: Queue[
         config = config.model_copy(update={"canary_requests": 0})  # a schedule releases whatever it trains
     days = []
     with _quiet():
-        arm = Arm(config, start, policy_of(policy), out / policy, OverHttp)
+        arm = Arm(config, start, policy_of(policy, config.decision), out / policy, OverHttp)
         for day in arm.run():
             told.put((policy, day))
             days.append(day)

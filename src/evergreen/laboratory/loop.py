@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evergreen.contracts.artifact import JsonModel
-from evergreen.contracts.decision import RetrainDecision, Verdict
+from evergreen.contracts.decision import DecisionConfig, RetrainDecision, Verdict
 from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.gate import GateReport
 from evergreen.contracts.impressions import read_impressions
@@ -88,6 +88,11 @@ class LoopConfig(JsonModel):
     canary_requests: int = 0
     """Newest logged requests that a challenger is asked beside what serves; 0: there is no canary."""
     seed: int = 0
+
+    @property
+    def decision(self) -> DecisionConfig:
+        """Of the policy `ours`."""
+        return DecisionConfig(training_window=timedelta(days=self.training_days))
 
     @property
     def mapping(self) -> Mapping:

@@ -155,8 +155,8 @@ class Ours:
         return Choice(decision.verdict, decision.reason, decision)
 
 
-def policy_of(name: str) -> Policy:
-    """The policy of a name: one of `POLICY_NAMES`, with a number of days for N.
+def policy_of(name: str, config: DecisionConfig | None = None) -> Policy:
+    """The policy of a name: one of `POLICY_NAMES`, with a number of days for N; `config` is for `ours`.
 
     Raises:
         InputError: there is none.
@@ -166,7 +166,7 @@ def policy_of(name: str) -> Policy:
     if name == "drift":
         return DriftOnly()
     if name == "ours":
-        return Ours()
+        return Ours(config or DecisionConfig())
     days = {"daily": "1", "weekly": "7"}.get(name)
     if days is None and (found := re.fullmatch(r"every-([1-9]\d{0,3})-days?", name)):
         days = found[1]

@@ -26,7 +26,7 @@ from evergreen.contracts.decision import (
     Window,
 )
 from evergreen.contracts.monitoring_report import DriftStatus, MonitoringReport
-from evergreen.monitoring.decision_history import OF_QUALITY, Past, collapsed_at, relevant_history
+from evergreen.monitoring.decision_history import Past, collapsed_at, relevant_history
 from evergreen.monitoring.triggers import (
     Wish,
     alarms,
@@ -93,24 +93,15 @@ def decide(
 def changed_at(decision: RetrainDecision) -> datetime | None:
     """Since when clicks follow other rules than before; None: nothing is known of a change.
 
-    It is the start of the first of the windows in a row in which quality was worse, the last time that this has led to
-    a training: now, or as far back as the decision's history goes. Where quality collapsed in one of them, it is the
-    start of that one: before it a model was somewhat off, as models are, and one that has learned the new rules from a
-    day of them is so again. What else moved may have moved without any change of the rules.
+    It is the start of the window in which quality collapsed, if that has led to a training: now, or as far back as the
+    decision's history goes. A slight loss says nothing of the kind: a model is somewhat off, and a training on the few
+    rows since would make it more so. What else moved may have moved without any change of the rules.
     """
     past = [record for record in decision.history if isinstance(record, PastDecision)]
     windows = sorted([*past, decision.record()], key=lambda window: window.as_of)
     collapsed = collapsed_at(windows)
-    if collapsed is not None and any(w.verdict is Verdict.RETRAIN and w.end > collapsed for w in windows):
-        return collapsed
-    start: datetime | None = None
-    found: datetime | None = None
-    for window in windows:
-        is_worse = not OF_QUALITY.isdisjoint(window.raised)
-        start = (start or window.start) if is_worse else None
-        if is_worse and window.verdict is Verdict.RETRAIN:
-            found = start
-    return found
+    answered = any(w.verdict is Verdict.RETRAIN and collapsed is not None and w.end > collapsed for w in windows)
+    return collapsed if answered else None
 
 
 def replay(path: Path) -> RetrainDecision:

@@ -288,7 +288,7 @@ def _agreement(report: MonitoringReport, config: DecisionConfig) -> str | None:
 def time_wishes(report: MonitoringReport, past: Past, config: DecisionConfig) -> list[Wish]:
     """Is the model old, or has it seen little of what there is?"""
     age = past.as_of - report.trained_as_of if report.trained_as_of is not None else None
-    unseen, words = _share_unseen(report, past)
+    unseen, words = _share_unseen(report, past, config)
     return [
         Wish(
             name=TriggerName.SCHEDULE,
@@ -309,8 +309,8 @@ def time_wishes(report: MonitoringReport, past: Past, config: DecisionConfig) ->
     ]
 
 
-def _share_unseen(report: MonitoringReport, past: Past) -> tuple[float | None, str]:
-    """How much there is that the model has not seen, as a multiple of what it has; and in words.
+def _share_unseen(report: MonitoringReport, past: Past, config: DecisionConfig) -> tuple[float | None, str]:
+    """How much more a training would have than the model has seen, as a multiple of that; and in words.
 
     Where quality has collapsed, it has seen what came then: rows of the world before teach what is no longer so.
     """
@@ -322,4 +322,8 @@ def _share_unseen(report: MonitoringReport, past: Past) -> tuple[float | None, s
     train_rows = past.model.train_rows if past.model else None
     if new_rows is None or not train_rows:
         return None, "not known how many rows the model was trained on, or how many are new"
-    return new_rows / train_rows, f"{new_rows} rows have matured since, it was trained on {train_rows}"
+    age, there = (past.as_of - trained if trained is not None else None), train_rows + new_rows
+    if config.training_window is not None and age:
+        there = min(there, round(new_rows * (config.training_window / age)))
+    words = f"{new_rows} rows have matured since, it was trained on {train_rows}, a training would have {there}"
+    return max(there / train_rows - 1, 0.0), words

@@ -262,34 +262,33 @@ def test_what_comes_and_goes_with_the_week_is_not_retrained() -> None:
 # Since when the world is another one.
 
 
-def test_change_began_with_the_first_worse_window_in_a_row() -> None:
-    history = [past(5, TriggerName.QUALITY), past(4), past(2, TriggerName.CALIBRATION), YESTERDAY]
-    decision = decide(report(quality=WORSE), history, as_of=NOW)
-    assert decision.verdict is Verdict.RETRAIN
-    assert changed_at(decision) == NOW - 3 * DAY
-
-
-def test_severe_loss_of_one_window_is_a_change_in_that_window() -> None:
-    decision = decide(report(quality=quality(change=9.0)), [past(1)], as_of=NOW)
-    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - DAY
-
-
 COLLAPSE = quality(change=9.0)
 COLLAPSED = {"severe": (TriggerName.QUALITY,), "verdict": Verdict.RETRAIN, "version": "m1"}
 
 
-def test_change_is_the_collapse_and_not_the_slight_loss_before_it() -> None:
-    decision = decide(report(quality=COLLAPSE), [past(2, TriggerName.CALIBRATION), YESTERDAY], as_of=NOW)
-    assert decision.record().severe == (TriggerName.QUALITY,)
+def test_collapse_is_a_change_in_its_window() -> None:
+    decision = decide(report(quality=COLLAPSE), [past(1)], as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN and decision.record().severe == (TriggerName.QUALITY,)
     assert changed_at(decision) == NOW - DAY
 
 
-def test_slight_loss_after_a_collapse_is_of_the_model_and_no_second_change() -> None:
+def test_slight_loss_is_of_the_model_and_no_change() -> None:
+    lasting = [past(2, TriggerName.CALIBRATION), YESTERDAY]
+    decision = decide(report(quality=WORSE), lasting, as_of=NOW)
+    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) is None
+    assert changed_at(decide(report(quality=COLLAPSE), lasting, as_of=NOW)) == NOW - DAY
     collapse = past(4, TriggerName.QUALITY, **COLLAPSED)
-    decision = decide(report(quality=WORSE), [collapse, past(3), YESTERDAY], as_of=NOW)
-    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - 5 * DAY
-    again = decide(report(quality=COLLAPSE), [collapse, past(3), past(1)], as_of=NOW)
-    assert changed_at(again) == NOW - DAY
+    after = decide(report(quality=WORSE), [collapse, past(3), YESTERDAY], as_of=NOW)
+    assert after.verdict is Verdict.RETRAIN and changed_at(after) == NOW - 5 * DAY
+
+
+def test_collapse_lasts_until_it_is_answered_and_is_one() -> None:
+    held = [run(20, "just now")]
+    first = decide(report(quality=COLLAPSE), held, as_of=NOW)
+    assert first.verdict is Verdict.KEEP and changed_at(first) is None
+    next_day = NOW + DAY
+    second = decide(report(quality=COLLAPSE, at=next_day), [*held, first], as_of=next_day)
+    assert second.verdict is Verdict.RETRAIN and changed_at(second) == NOW - DAY
 
 
 @pytest.mark.parametrize("verdict", [Verdict.ROLLBACK, Verdict.ALARM])
@@ -297,12 +296,6 @@ def test_collapse_by_a_bad_release_or_broken_data_is_no_change(verdict: Verdict)
     bad = past(4, TriggerName.QUALITY, **COLLAPSED | {"verdict": verdict})
     decision = decide(report(quality=quality(), age=7 * DAY), [bad, past(1)], as_of=NOW)
     assert decision.verdict is Verdict.RETRAIN and changed_at(decision) is None
-
-
-def test_worse_quality_that_retrains_nothing_is_no_change() -> None:
-    decision = decide(report(quality=WORSE), [past(1)], as_of=NOW)
-    assert decision.trigger(TriggerName.QUALITY).raised and decision.verdict is Verdict.KEEP
-    assert changed_at(decision) is None
 
 
 def test_training_for_another_reason_knows_of_no_change() -> None:
@@ -314,32 +307,22 @@ def test_training_for_another_reason_knows_of_no_change() -> None:
 
 def test_later_training_still_knows_of_the_change_before() -> None:
     """Else the next one would learn from the rows of the old world again."""
-    history = [
-        past(5, TriggerName.QUALITY, version="m1"),
-        past(4, TriggerName.QUALITY, verdict=Verdict.RETRAIN, version="m1"),
-        past(3),
-        past(1),
-    ]
+    history = [past(4, TriggerName.QUALITY, **COLLAPSED), past(3), past(1)]
     decision = decide(report(quality=quality(), age=7 * DAY), history, as_of=NOW)
-    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - 6 * DAY
+    assert decision.verdict is Verdict.RETRAIN and changed_at(decision) == NOW - 5 * DAY
 
 
 def test_second_change_replaces_the_first() -> None:
-    history = [
-        past(6, TriggerName.QUALITY, verdict=Verdict.RETRAIN, version="m1"),
-        past(5),
-        past(2, TriggerName.QUALITY),
-        YESTERDAY,
-    ]
-    assert changed_at(decide(report(quality=WORSE), history, as_of=NOW)) == NOW - 3 * DAY
+    history = [past(6, TriggerName.QUALITY, **COLLAPSED), past(5), past(1)]
+    assert changed_at(decide(report(quality=COLLAPSE), history, as_of=NOW)) == NOW - DAY
 
 
 def test_change_is_the_same_however_the_history_is_ordered_and_after_replay(tmp_path: Path) -> None:
-    history = [past(2, TriggerName.QUALITY), YESTERDAY]
+    history = [past(3, TriggerName.QUALITY, **COLLAPSED), past(2), YESTERDAY]
     decision = decide(report(quality=WORSE), history[::-1], as_of=NOW)
-    assert changed_at(decision) == NOW - 3 * DAY
+    assert changed_at(decision) == NOW - 4 * DAY
     decision.write(tmp_path / "decision.json")
-    assert changed_at(replay(tmp_path / "decision.json")) == NOW - 3 * DAY
+    assert changed_at(replay(tmp_path / "decision.json")) == NOW - 4 * DAY
 
 
 # Drift.
@@ -408,6 +391,29 @@ def test_as_many_new_rows_as_it_was_trained_on_retrain() -> None:
     release = ReleaseRecord(model_version="m2", released_at=NOW - 5 * DAY, train_rows=50_000)
     assert decide(report(quality=quality(new_rows=49_999)), [release], as_of=NOW).verdict is Verdict.KEEP
     assert decide(report(quality=quality(new_rows=50_000)), [release], as_of=NOW).verdict is Verdict.RETRAIN
+
+
+def test_what_a_training_does_not_reach_back_to_is_not_there_to_be_learned() -> None:
+    config = DecisionConfig(training_window=4 * DAY)
+
+    def decided(train_rows: int, new_rows: int) -> RetrainDecision:
+        release = ReleaseRecord(model_version="m2", released_at=NOW - 2 * DAY, train_rows=train_rows)
+        given = report(quality=quality(new_rows=new_rows), age=2 * DAY)
+        return decide(given, [release], as_of=NOW, config=config)
+
+    # 20,000 rows a day: four days of them are what there is, and what the model was trained on.
+    assert decided(80_000, 40_000).verdict is Verdict.KEEP
+    assert (
+        decide(
+            report(quality=quality(new_rows=80_000), age=4 * DAY),
+            [ReleaseRecord(model_version="m2", released_at=NOW - 4 * DAY, train_rows=80_000)],
+            as_of=NOW,
+            config=config,
+        ).verdict
+        is Verdict.KEEP
+    )
+    young = decided(20_000, 40_000)
+    assert young.verdict is Verdict.RETRAIN and "it was trained on 20000, a training would have 60000" in young.reason
 
 
 def test_after_a_collapse_only_what_came_then_counts_as_seen() -> None:
