@@ -90,6 +90,12 @@ def is_about_the_world(day: LoopDay) -> bool:
     return day.verdict is Verdict.RETRAIN and bool(set(day.raised) - CLOCK)
 
 
+def was_needed(days: Sequence[LoopDay], place: int) -> bool:
+    """Whether the two days after a training were better, by the truth, than the two days before its release."""
+    before, after = days[max(place - 1, 0) : place + 1], days[place + 1 : place + 3]
+    return not after or fmean(map(share, after)) > fmean(map(share, before))
+
+
 @dataclass(frozen=True)
 class Shift:
     """How the loop took a sudden change."""
@@ -150,6 +156,19 @@ def tables(runs: dict[Run, ArmResults], begins: int = 5) -> Iterable[str]:
             f"{median(recovered):.0%} of it is won back in the median ({min(recovered):.0%} to {max(recovered):.0%}), "
             f"at least 80 % in {sum(r >= 0.8 for r in recovered)} of {len(shifts)}."
         )
+    for scenario in ("stable", "seasonal"):
+        arms = arms_of(runs, scenario)
+        if arms:
+            months = sum(len(arm.days) for arm in arms) / 30
+            acts = [(arm.days, day.day) for arm in arms for day in arm.days if is_about_the_world(day)]
+            idle = sum(not was_needed(days, place) for days, place in acts)
+            weeks = sum(len(arm.days) // 7 for arm in arms)
+            yield ""
+            yield (
+                f"`{scenario}`: {len(acts) / months:.1f} retrainings in 30 days for more than the clock, of which "
+                f"{idle / months:.1f} were not needed: the two days after were no better than the two before, by the "
+                f"truth. All retrainings: {sum(len(arm.trainings) for arm in arms)} in {weeks} weeks."
+            )
     for scenario, lasts in (("broken-feature", 3), ("logging-outage", 2), ("click-outage", 2)):
         arms = arms_of(runs, scenario)
         if arms:
