@@ -48,6 +48,10 @@ class TriggerName(StrEnum):
     NEW_ROWS = "new_rows"
 
 
+OF_QUALITY = frozenset({TriggerName.QUALITY, TriggerName.CALIBRATION})
+"""What says that the model has become worse."""
+
+
 class GuardName(StrEnum):
     """What may hold a trigger back. An alarm is never held back."""
 

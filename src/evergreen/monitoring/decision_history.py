@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from evergreen.contracts.decision import (
+    OF_QUALITY,
     DecisionConfig,
     HistoryRecord,
     PastDecision,
@@ -18,7 +19,6 @@ from evergreen.contracts.decision import (
 )
 from evergreen.contracts.monitoring_report import MonitoringReport
 
-_OF_QUALITY = {TriggerName.QUALITY, TriggerName.CALIBRATION}
 _NOT_OF_THE_WORLD = {Verdict.ALARM, Verdict.ROLLBACK}
 _WEEK = timedelta(days=7)
 _DAY = timedelta(days=1)
@@ -70,7 +70,7 @@ def collapsed_at(windows: Sequence[PastDecision]) -> datetime | None:
     """
     found, before = None, False
     for window in windows:
-        is_severe = window.verdict not in _NOT_OF_THE_WORLD and not _OF_QUALITY.isdisjoint(window.severe)
+        is_severe = window.verdict not in _NOT_OF_THE_WORLD and not OF_QUALITY.isdisjoint(window.severe)
         if is_severe and not before:
             found = window.start
         before = is_severe

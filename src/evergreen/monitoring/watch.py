@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from evergreen.contracts.artifact import JsonModel
-from evergreen.contracts.decision import DecisionConfig, HistoryRecord, ReleaseRecord, Verdict
+from evergreen.contracts.decision import OF_QUALITY, DecisionConfig, HistoryRecord, ReleaseRecord, Verdict
 from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.feature_tables import FeatureTables
 from evergreen.contracts.impressions import read_impressions
@@ -102,8 +102,8 @@ def watch(
     """Measure the window [as_of - window, as_of) and put the report into the state. A report that is there stays.
 
     Quality is measured on outcomes as far as they were joined, on the newest that may have matured; against the model's
-    first days in service as soon as they have. Within a release's probation, the model before is compared with it over
-    the days before the release too.
+    first days in service as soon as they have, or where it was found worse, against the same as then. Within a
+    release's probation, the model before is compared with it over the days before the release too.
 
     Args:
         state: of the loop; holds the reference of the model, and outcomes up to `as_of`.
@@ -239,7 +239,9 @@ def _quality(
 ) -> QualityReport:
     start = as_of - outcomes.manifest.window - length
     releases = state.released(as_of)
-    reference = _quality_reference(state, outcomes, package, releases, as_of, start, length, config)
+    reference = _yardstick_of_a_doubt(state, package.version, as_of, start) or _quality_reference(
+        state, outcomes, package, releases, as_of, start, length, config
+    )
     report = measure_quality(
         outcomes,
         as_of=as_of,
@@ -280,6 +282,19 @@ def _is_fewer_clicks_apart(comparison: QualityComparison) -> bool:
     """Whether the newer model is clicked less, but at another time: then it may be the world."""
     change = comparison.click_rate_change.value
     return not comparison.side_by_side and change is not None and change < 0
+
+
+def _yardstick_of_a_doubt(state: LoopState, version: str, as_of: datetime, start: datetime) -> Reference | None:
+    """What the window before was held against, if by that the model was worse and it was waited for a second window.
+
+    The doubtful window may be its first day in service: held against that, it would be fine for ever.
+    """
+    before = state.decisions(as_of, since=start)
+    if not before or before[-1].verdict is not Verdict.KEEP or OF_QUALITY.isdisjoint(before[-1].record().raised):
+        return None
+    quality = before[-1].report.quality
+    model = quality.model(version) if quality is not None else None
+    return model.reference if model is not None else None
 
 
 def _quality_reference(

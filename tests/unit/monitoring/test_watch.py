@@ -12,13 +12,17 @@ from evergreen.contracts.errors import ArtifactError
 from evergreen.contracts.impressions import impression_schema
 from evergreen.contracts.loop_state import LoopState, put
 from evergreen.contracts.monitoring_report import DriftStatus, MonitoringReport
+from evergreen.contracts.quality import Reference
 from evergreen.contracts.release import Release, ReleaseKind
 from evergreen.models.package import ModelPackage
+from evergreen.monitoring import watch as watching
+from evergreen.monitoring.decision import decide
 from evergreen.monitoring.gate import IN_SERVICE
 from evergreen.monitoring.reference import MonitoringReference
 from evergreen.monitoring.watch import watch
 from tests.unit.models.small_package import make_package
 from tests.unit.monitoring.served_days import DAY, FEATURES, MONDAY, impressions, reference
+from tests.unit.monitoring.test_decision import NOW, estimate, quality, report
 
 RELEASED = MONDAY + 7 * DAY
 CHOSEN = 0.8
@@ -153,3 +157,28 @@ def test_model_without_a_reference_is_told_how_to_get_one(tmp_path: Path) -> Non
     loop.file.unlink()
     with pytest.raises(ArtifactError, match=r"no reference of the model that serves: write it with keep_reference"):
         loop.evening(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [(0.13, True), (0.005, False), (9.0, False)],
+    ids=["worse, and waited for", "not worse", "severe, and retrained"],
+)
+def test_doubtful_window_is_followed_by_one_with_the_same_yardstick(tmp_path: Path, change: float, kept: bool) -> None:
+    """A first day in service that is a bad one must not be what is expected of the model from then on."""
+    state, as_of = LoopState(tmp_path), NOW + DAY
+    expected = Reference(
+        source="of the model before",
+        normalized_entropy=estimate(0.8),
+        calibration_ratio=estimate(1.0),
+        auc=estimate(0.8),
+    )
+    seen = quality(change=change)
+    [model] = seen.models
+    seen = seen.model_copy(update={"models": (model.model_copy(update={"reference": expected}),)})
+    decision = decide(report(quality=seen), [], as_of=NOW)
+    put(state.decision(NOW), decision)
+    found = watching._yardstick_of_a_doubt(state, "m2", as_of, NOW)
+    assert found == (expected if kept else None)
+    assert watching._yardstick_of_a_doubt(state, "m3", as_of, NOW) is None, "another model is not in doubt"
+    assert watching._yardstick_of_a_doubt(state, "m2", as_of + DAY, as_of) is None, "it was not the window before"
