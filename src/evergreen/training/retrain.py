@@ -9,12 +9,12 @@ is no longer true; and what serves, trained further on the newest rows, which ke
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -105,7 +105,7 @@ def retrain(
             trained = [(candidate, package) for candidate, package in tried if package is not None]
             if not trained:
                 raise TrainingError(tried[0][0].reason)
-            best, package = _best(trained)
+            best, package = _best(trained, _usual(changed_at, incumbent))
             shutil.copytree(package.path, scratch, dirs_exist_ok=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -114,17 +114,27 @@ def retrain(
     return Retrained(ModelPackage.load(Path(out)), best.way, tuple(candidate for candidate, _ in tried))
 
 
-def _best(trained: Sequence[tuple[Candidate, ModelPackage]]) -> tuple[Candidate, ModelPackage]:
-    """The usual way, unless another one is better by more than chance would explain.
+def _usual(changed_at: datetime | None, incumbent: ModelPackage | None) -> tuple[Way, ...]:
+    """The ways that need not prove themselves; the first that could be gone counts.
 
-    Usual are all rows, from scratch; after a change the rows since then.
+    After a change that is the rows since then; and once what serves has learned from such rows, to go on from there:
+    with every release other items are shown, and what the newest rows no longer tell is in its weights.
     """
-    ways = {candidate.way: (candidate, package) for candidate, package in trained}
-    usual = ways.get(Way.SINCE_CHANGE) or ways.get(Way.SCRATCH)
-    best = min(trained, key=lambda pair: pair[0].value if pair[0].value is not None else math.inf)
-    if usual is None or usual[0].value is None or best[0].value is None:
-        return best
-    return best if best[0].value < usual[0].value * (1 - MIN_GAIN) else usual
+    if changed_at is None:
+        return (Way.SCRATCH,)
+    if incumbent is not None and incumbent.info.as_of > changed_at:
+        return (Way.WARM_START, Way.SINCE_CHANGE, Way.SCRATCH)
+    return (Way.SINCE_CHANGE, Way.SCRATCH)
+
+
+def _best(trained: Sequence[tuple[Candidate, ModelPackage]], usual: Sequence[Way]) -> tuple[Candidate, ModelPackage]:
+    """The usual way, unless another one is better by more than chance would explain."""
+    known = {candidate.way: (candidate.value, pair) for pair in trained if (candidate := pair[0]).value is not None}
+    if not known:
+        return trained[0]
+    best = min(known.values(), key=itemgetter(0))
+    first = next((known[way] for way in usual if way in known), best)
+    return best[1] if best[0] < first[0] * (1 - MIN_GAIN) else first[1]
 
 
 def rows_since(training_set: TrainingSet, start: datetime, out: Path) -> TrainingSet:

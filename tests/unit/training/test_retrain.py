@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -170,6 +171,20 @@ def test_other_way_must_be_better_by_more_than_the_least_gain(
         gain = 1 - values(trained)[Way.SCRATCH] / values(trained)[Way.SINCE_CHANGE]
     assert gain > MIN_GAIN
     assert chosen == {"as it is": Way.SCRATCH, "just below": Way.SCRATCH, "just above": Way.SINCE_CHANGE}
+
+
+def test_what_has_learned_from_the_new_world_is_gone_on_from(
+    changed: TrainingSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the ways are as good as each other on what was shown, which is what the incumbent chose."""
+    monkeypatch.setattr(retraining, "MIN_GAIN", 0.9)
+    new = train_model(changed, tmp_path / "incumbent", config=CONFIG)
+    old = replace(new, info=new.info.model_copy(update={"as_of": day(5)}))
+    chosen = {}
+    for name, incumbent in (("of the old world", old), ("of the new world", new)):
+        trained = retrain(changed, tmp_path / name, config=CONFIG, incumbent=incumbent, changed_at=day(6))
+        chosen[name] = trained.way
+    assert chosen == {"of the old world": Way.SINCE_CHANGE, "of the new world": Way.WARM_START}
 
 
 def test_in_a_world_that_did_not_change_all_rows_are_worth_more_than_the_newest(
