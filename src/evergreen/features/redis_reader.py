@@ -311,12 +311,12 @@ class _Channels:
 
     async def ask(self, commands: bytes, num_replies: int) -> list[Any]:
         """See `_Channel.ask`."""
-        self._channels = [channel for channel in self._channels if channel.is_open]
-        if not self._channels:
-            await asyncio.shield(self._open())
+        while not (channels := [channel for channel in self._channels if channel.is_open]):
+            await asyncio.shield(self._open())  # another's deadline may close it before this call's turn comes
+        self._channels = channels
         # A call of thousands of keys holds up who asks after it; they have other connections.
-        channel = min(self._channels, key=lambda one: len(one.waiting))
-        if channel.waiting and len(self._channels) < _CONNECTIONS:
+        channel = min(channels, key=lambda one: len(one.waiting))
+        if channel.waiting and len(channels) < _CONNECTIONS:
             self._open()
         return await channel.ask(commands, num_replies)
 
