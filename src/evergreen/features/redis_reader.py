@@ -254,16 +254,21 @@ class _Channel(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._last_reply = self._loop.time()
 
-    async def ask(self, commands: bytes, num_replies: int) -> list[Any]:
-        """Send commands and wait for as many replies; an error that Redis answers with is among them."""
+    async def ask(self, commands: bytes, num_replies: int, *, began: float) -> list[Any]:
+        """Send commands and wait for as many replies; an error that Redis answers with is among them.
+
+        Args:
+            commands: all of them.
+            num_replies: how many there are.
+            began: time of the loop since when the request waits, for a connection to begin with.
+        """
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
         self.waiting.append((num_replies, answer))
-        asked_at = self._loop.time()
         self._transport.write(commands)
         try:
             return await answer
         except asyncio.CancelledError:
-            if self._last_reply < asked_at:  # not a word since: it may be a connection to nobody
+            if self._last_reply < began:  # not a word since: it may be a connection to nobody
                 self.close("silent for longer than a request waits")
             raise
 
@@ -311,6 +316,7 @@ class _Channels:
 
     async def ask(self, commands: bytes, num_replies: int) -> list[Any]:
         """See `_Channel.ask`."""
+        began = asyncio.get_running_loop().time()
         while not (channels := [channel for channel in self._channels if channel.is_open]):
             await asyncio.shield(self._open())  # another's deadline may close it before this call's turn comes
         self._channels = channels
@@ -318,7 +324,7 @@ class _Channels:
         channel = min(channels, key=lambda one: len(one.waiting))
         if channel.waiting and len(channels) < _CONNECTIONS:
             self._open()
-        return await channel.ask(commands, num_replies)
+        return await channel.ask(commands, num_replies, began=began)
 
     async def close(self) -> None:
         """Close all; reads that are under way fail."""
